@@ -1,0 +1,115 @@
+"""Settings of a deployment: one TOML file that every service reads.
+
+The file holds secrets (database passwords, provider keys), so it is kept with mode 0600. Every member has a
+default that fits the local cluster; `load` names the file and the member when something is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from oncepay.errors import SettingsError
+
+CONFIG_ENV = "ONCEPAY_CONFIG"
+
+
+class EtcdSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to reach etcd. `endpoints` are `host:port`; `prefix` starts every key of this deployment."""
+
+    endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    prefix: str = "/oncepay"
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+
+class PostgresSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Database name and the password of each role, on every shard and on the aggregator's Postgres."""
+
+    database: str = "oncepay"
+    superuser: str = "postgres"
+    superuser_password: str = ""
+    router_password: str = ""
+    worker_password: str = ""
+    aggregator_password: str = ""
+    operator_password: str = ""
+    reader_password: str = ""
+
+
+class StripeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Stripe's address and credentials.
+
+    `rate_limits_per_s` holds the account's limit for each endpoint class (`create`, `confirm`, `retrieve`, `list`,
+    `other`); Stripe's own default is 25 a second each.
+    """
+
+    base_url: str = "https://api.stripe.com"
+    api_key: str = ""
+    api_version: str = "2026-10-28.endive"
+    webhook_secret_files: tuple[str, ...] = ()
+    rate_limits_per_s: dict[str, int] = msgspec.field(default_factory=dict)
+    default_rate_limit_per_s: int = 25
+    timeout_s: float = 30.0
+
+
+class TipaltiSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tipalti's address."""
+
+    base_url: str = ""
+
+
+class FeeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The platform's fee for a seller that has none of its own: basis points of the item total plus a fixed part."""
+
+    basis_points: int = 1000
+    fixed_minor: int = 0
+
+
+class PollSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When the worker asks Stripe about an open payment: first after `first_s`, then with growing gaps to `max_s`."""
+
+    first_s: float = 5.0
+    max_s: float = 300.0
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One deployment."""
+
+    etcd: EtcdSettings = EtcdSettings()
+    postgres: PostgresSettings = PostgresSettings()
+    stripe: StripeSettings = StripeSettings()
+    tipalti: TipaltiSettings = TipaltiSettings()
+    fee: FeeSettings = FeeSettings()
+    poll: PollSettings = PollSettings()
+    aggregator_url: str = "http://127.0.0.1:8082"
+    aggregator_dsn: str = ""
+    host: str = "127.0.0.1"
+    auth: bool = True
+    client_keys: bool = True
+    log_level: str = "info"
+
+
+def load(path: str | os.PathLike[str] | None = None) -> Settings:
+    """Read the settings file at `path`, or the one that the environment variable ONCEPAY_CONFIG names.
+
+    Raises SettingsError when no file is named, it can't be read, or a member is unknown or of the wrong type.
+    """
+    name = path or os.environ.get(CONFIG_ENV)
+    if not name:
+        raise SettingsError(f"no settings file: pass --config FILE or set {CONFIG_ENV}")
+    try:
+        text = Path(name).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"can't read the settings file {name}: {error.strerror}") from error
+    try:
+        return msgspec.toml.decode(text, type=Settings)
+    except msgspec.DecodeError as error:
+        raise SettingsError(f"settings file {name}: {error}") from error
+
+
+def dump(settings: Settings) -> bytes:
+    """The settings as TOML, as `load` reads them."""
+    return msgspec.toml.encode(settings)
