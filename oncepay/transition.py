@@ -1,0 +1,240 @@
+"""The one function that moves a payment: `(payment, event) -> (payment, entries, links)`. No I/O.
+
+An answer of Stripe's to us, a webhook and a poll are the same kind of event. Facts that are terminal at Stripe
+(succeeded, canceled, a charge that failed, by the charge's id) commute and repeat harmlessly; everything else is
+committed by comparing the row's version, on a fresh look at Stripe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from oncepay.cart import shares_of_part
+from oncepay.errors import OncepayError, WrongState
+from oncepay.ledger import BalanceLink, Entry, exchange_entries, payment_entry, stripe_fee_entry
+from oncepay.payment import TERMINAL, Charge, Failure, GiveUpReason, IntentView, Payment, Status
+
+
+class Contradiction(OncepayError):
+    """Stripe says something that can't be true of this payment."""
+
+    slug = "contradiction"
+
+
+class IntentCreated(msgspec.Struct, frozen=True, tag=True):
+    """Stripe made a PaymentIntent for this payment; nothing is confirmed."""
+
+    intent: str
+    client_secret: str
+
+
+class AttemptStarted(msgspec.Struct, frozen=True, tag=True):
+    """Attempt `number` is about to be confirmed with `payment_method`. It is committed before confirm is called."""
+
+    number: int
+    payment_method: str
+
+
+class AttemptDeclined(msgspec.Struct, frozen=True, tag=True):
+    """Confirm number `number` was answered with a decline. `charge` is empty when Stripe made no charge."""
+
+    number: int
+    charge: str
+    failure: Failure
+
+
+class IntentSeen(msgspec.Struct, frozen=True, tag=True):
+    """The PaymentIntent as Stripe showed it."""
+
+    view: IntentView
+
+
+class GiveUp(msgspec.Struct, frozen=True, tag=True):
+    """The payment is given up: by request, after a decline, or because it is past its time."""
+
+    reason: GiveUpReason
+
+
+Event = IntentCreated | AttemptStarted | AttemptDeclined | IntentSeen | GiveUp
+
+
+class Moved(NamedTuple):
+    """What an event makes of a payment. `payment` is the very same object when nothing changed."""
+
+    payment: Payment
+    entries: tuple[Entry, ...] = ()
+    links: tuple[BalanceLink, ...] = ()
+
+
+CONFIRMABLE = frozenset({Status.ATTEMPTED, Status.REQUIRES_PAYMENT_METHOD})
+IN_ATTEMPT = frozenset({Status.CONFIRMING, Status.PROCESSING, Status.REQUIRES_ACTION})
+
+
+def move(payment: Payment, event: Event) -> Moved:
+    """Apply `event`. The caller commits the result only where the row still has `payment.version`.
+
+    Raises WrongState when a command (an attempt, giving up) isn't allowed in this state, and Contradiction when a fact
+    can't be true. A fact that is known already, or that came too late to matter, returns the payment unchanged.
+    """
+    moved = _HANDLERS[type(event)](payment, event)
+    if moved.payment is payment:
+        return moved
+    if payment.terminal and moved.payment.status is not payment.status:
+        raise Contradiction(f"{payment.status} can't become {moved.payment.status}")
+    return moved._replace(payment=replace(moved.payment, version=payment.version + 1))
+
+
+def _intent_created(payment: Payment, event: IntentCreated) -> Moved:
+    """Only a row that is still `created` takes an intent; any other intent is an orphan, for the caller to cancel."""
+    if payment.status is not Status.CREATED:
+        return Moved(payment)
+    progress = replace(payment.progress, client_secret=event.client_secret)
+    return Moved(replace(payment, status=Status.ATTEMPTED, intent=event.intent, progress=progress))
+
+
+def _attempt_started(payment: Payment, event: AttemptStarted) -> Moved:
+    progress = payment.progress
+    if (
+        payment.status is Status.CONFIRMING
+        and progress.attempt == event.number
+        and progress.payment_method == event.payment_method
+    ):
+        return Moved(payment)
+    if payment.status not in CONFIRMABLE or event.number != progress.attempt + 1:
+        raise WrongState(f"a payment that is {payment.status} (attempt {progress.attempt}) can't start attempt {event.number}")
+    progress = replace(progress, attempt=event.number, payment_method=event.payment_method)
+    return Moved(replace(payment, status=Status.CONFIRMING, progress=progress))
+
+
+def _attempt_declined(payment: Payment, event: AttemptDeclined) -> Moved:
+    if event.number != payment.progress.attempt or payment.status not in IN_ATTEMPT:
+        return Moved(payment)
+    return _declined(payment, event.charge, event.failure)
+
+
+def _declined(payment: Payment, charge: str, failure: Failure) -> Moved:
+    progress = payment.progress
+    finished = progress.finished_charges
+    if charge and charge in finished:
+        return Moved(payment)
+    progress = replace(
+        progress, finished_charges=(*finished, charge) if charge else finished, failure=failure, next_action_url=""
+    )
+    return Moved(replace(payment, status=Status.REQUIRES_PAYMENT_METHOD, progress=progress))
+
+
+def _give_up(payment: Payment, event: GiveUp) -> Moved:
+    if payment.status is Status.CANCELING:
+        return Moved(payment)
+    if payment.terminal:
+        raise WrongState(f"a payment that has {payment.status} can't be given up")
+    progress = replace(payment.progress, give_up=event.reason)
+    if not payment.intent:
+        return Moved(replace(payment, status=_given_up_status(event.reason, progress.failure), progress=progress))
+    return Moved(replace(payment, status=Status.CANCELING, progress=progress))
+
+
+def _given_up_status(reason: str, failure: Failure | None) -> Status:
+    """`failed` after a decline, `canceled` when somebody asked for it or nothing was ever tried."""
+    return Status.FAILED if failure is not None and reason != "requested" else Status.CANCELED
+
+
+def _intent_seen(payment: Payment, event: IntentSeen) -> Moved:
+    view = event.view
+    if view.id != payment.intent:
+        return Moved(payment)
+    if view.status == "succeeded":
+        return _succeeded(payment, view)
+    if payment.terminal:
+        if view.status == "canceled" and payment.status is Status.SUCCEEDED:
+            raise Contradiction(f"{view.id} is canceled at Stripe and succeeded here")
+        return Moved(payment)
+    if view.status == "canceled":
+        status = _given_up_status(payment.progress.give_up, payment.progress.failure)
+        return Moved(replace(payment, status=status, progress=replace(payment.progress, next_action_url="")))
+    if payment.status is Status.CANCELING:
+        return Moved(payment)
+    return _in_progress(payment, view)
+
+
+def _in_progress(payment: Payment, view: IntentView) -> Moved:
+    """A view that is not terminal, of a payment that is not being given up."""
+    if view.status == "requires_payment_method" and view.charge is not None and view.charge.status == "failed":
+        if payment.status is Status.REQUIRES_PAYMENT_METHOD and view.charge.id in payment.progress.finished_charges:
+            return Moved(payment)
+        return _declined(payment, view.charge.id, view.failure or Failure(code="card_declined"))
+    if (
+        view.status == "requires_payment_method"
+        and view.failure
+        and payment.status in {Status.REQUIRES_ACTION, Status.PROCESSING}
+    ):
+        return _declined(payment, "", view.failure)  # authentication failed: no charge was made
+    status = {
+        "processing": Status.PROCESSING,
+        "requires_action": Status.REQUIRES_ACTION,
+        "requires_capture": Status.REQUIRES_CAPTURE,
+    }.get(view.status)
+    if status is None or (status is payment.status and view.next_action_url == payment.progress.next_action_url):
+        return Moved(payment)
+    return Moved(replace(payment, status=status, progress=replace(payment.progress, next_action_url=view.next_action_url)))
+
+
+def _succeeded(payment: Payment, view: IntentView) -> Moved:
+    if payment.terminal and payment.status is not Status.SUCCEEDED:
+        raise Contradiction(f"{view.id} succeeded at Stripe and is {payment.status} here")
+    if view.charge is None:
+        raise Contradiction(f"{view.id} succeeded without a charge")
+    charge, moved = view.charge, Moved(payment)
+    if payment.status is not Status.SUCCEEDED:
+        captured = view.amount_received or payment.amount
+        if captured > payment.amount:
+            raise Contradiction(f"{view.id} took {captured} of {payment.amount}")
+        entry = payment_entry(payment.currency, charge.id, shares_of_part(payment.terms.shares, captured))
+        progress = replace(payment.progress, charge=charge.id, failure=None, next_action_url="")
+        moved = Moved(replace(payment, status=Status.SUCCEEDED, amount_captured=captured, progress=progress), (entry,))
+    elif charge.id != payment.progress.charge:
+        raise Contradiction(f"{view.id} succeeded with {charge.id} and with {payment.progress.charge}")
+    return _with_fee(moved, charge)
+
+
+def _with_fee(moved: Moved, charge: Charge) -> Moved:
+    """Book Stripe's fee (and the exchange, where Stripe settles in another currency) once the transaction is known."""
+    payment = moved.payment
+    if not charge.balance_transaction or charge.fee < 0 or payment.progress.stripe_fee >= 0:
+        return moved
+    transaction, settled = charge.balance_transaction, charge.settled_currency or payment.currency
+    entries: list[Entry] = []
+    links = [BalanceLink(transaction, f"payment:{charge.id}")]
+    if settled != payment.currency:
+        entries += exchange_entries(transaction, payment.currency, payment.amount_captured, settled, charge.settled_amount)
+    if charge.fee:
+        entries.append(stripe_fee_entry(settled, transaction, charge.fee))
+    links += [BalanceLink(transaction, entry.entry_id) for entry in entries]
+    progress = replace(payment.progress, stripe_fee=charge.fee)
+    return Moved(replace(payment, progress=progress), moved.entries + tuple(entries), moved.links + tuple(links))
+
+
+_HANDLERS: dict[type, Callable[[Payment, Any], Moved]] = {
+    IntentCreated: _intent_created,
+    AttemptStarted: _attempt_started,
+    AttemptDeclined: _attempt_declined,
+    IntentSeen: _intent_seen,
+    GiveUp: _give_up,
+}
+
+__all__ = [
+    "TERMINAL",
+    "AttemptDeclined",
+    "AttemptStarted",
+    "Contradiction",
+    "Event",
+    "GiveUp",
+    "IntentCreated",
+    "IntentSeen",
+    "Moved",
+    "move",
+]

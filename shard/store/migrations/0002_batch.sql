@@ -1,0 +1,170 @@
+-- One batch is one transaction and one round trip. It takes the shared lock of each range it writes, looks at the
+-- ownership in the next statement (a new snapshot: the function is volatile), writes, reads, and emits a transactional
+-- message, so that its commit waits for the quorum even when it wrote no row.
+
+-- Advisory lock classes: 1 = a range of slots (by its first slot), 2 = the worker's epoch.
+
+-- kind: 'put' (one answer a put, by its ordinal), 'get' (one answer a key or intent that was found).
+-- outcome of a put: 'done', 'exists' (version 0 was expected: the row as it is follows), 'conflict' (the row's version is
+-- another: the row as it is follows), 'missing', 'moved' (the slot is not this shard's).
+create type oncepay.answer as (
+    kind text,
+    ordinal integer,
+    outcome text,
+    slot integer, key text, status text, version bigint, buyer text, currency text, amount bigint,
+    amount_captured bigint, amount_refunded bigint, intent text, fingerprint bytea, terms text, progress text,
+    event text, created_at timestamptz, updated_at timestamptz, expires_at timestamptz
+);
+
+create function oncepay.commit_batch(
+    p_ranges integer[],      -- first slots of the ranges touched, ascending
+    p_epoch bigint,          -- the worker's epoch, or null for who needs none
+    p_actor text,
+    p_nonce text,
+    -- puts, ascending by (slot, key), each key once; static members are null where an update is meant
+    p_slot integer[], p_key text[], p_expect bigint[], p_status text[], p_intent text[], p_progress text[],
+    p_captured bigint[], p_refunded bigint[], p_event text[],
+    p_buyer text[], p_currency text[], p_amount bigint[], p_fingerprint bytea[], p_terms text[],
+    p_created timestamptz[], p_expires timestamptz[],
+    -- entries of the puts: `put` is the put's ordinal; arrays as array literals
+    e_put integer[], e_id text[], e_kind text[], e_currency text[], e_source text[],
+    e_accounts text[], e_amounts text[], e_sellers text[],
+    l_put integer[], l_entry text[], l_transaction text[],
+    -- reads
+    g_slot integer[], g_key text[], g_intent text[]
+) returns setof oncepay.answer
+    language plpgsql volatile as $$
+declare
+    first_slot integer;
+    now_at constant timestamptz := clock_timestamp();
+    moved integer[] := '{}';
+    done integer[] := '{}';
+begin
+    foreach first_slot in array p_ranges loop
+        perform pg_advisory_xact_lock_shared(1, first_slot);
+    end loop;
+    if p_epoch is not null then
+        perform pg_advisory_xact_lock_shared(2, 0);
+        if not exists (select from oncepay.worker_epoch where epoch = p_epoch) then
+            raise exception 'epoch % is over', p_epoch using errcode = 'OP001';
+        end if;
+    end if;
+
+    if cardinality(p_slot) > 0 then
+        select coalesce(array_agg(u.n), '{}') into moved
+        from unnest(p_slot) with ordinality u (slot, n)
+        where not exists (
+            select from oncepay.ranges r
+            where r.first = any (p_ranges) and u.slot between r.first and r.last);
+
+        with written as (
+            insert into oncepay.payments as p (
+                slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
+                fingerprint, terms, progress, event, actor, created_at, updated_at, expires_at)
+            select u.slot, u.key, u.status, 1, u.buyer, u.currency, u.amount, u.captured, u.refunded, u.intent,
+                   u.fingerprint, u.terms::jsonb, u.progress::jsonb, u.event, p_actor, u.created, now_at, u.expires
+            from unnest(p_slot, p_key, p_expect, p_status, p_intent, p_progress, p_captured, p_refunded, p_event,
+                        p_buyer, p_currency, p_amount, p_fingerprint, p_terms, p_created, p_expires)
+                 with ordinality u (slot, key, expect, status, intent, progress, captured, refunded, event,
+                                    buyer, currency, amount, fingerprint, terms, created, expires, n)
+            where u.expect = 0 and not u.n = any (moved)
+            order by u.n
+            on conflict (slot, key) do nothing
+            returning p.key)
+        select coalesce(array_agg(u.n), '{}') into done
+        from unnest(p_key) with ordinality u (key, n) join written w on w.key = u.key;
+
+        -- Rows are locked in the order of (slot, key): two batches never wait for each other in a ring.
+        perform from oncepay.payments p
+        join unnest(p_slot, p_key, p_expect) u (slot, key, expect) on p.slot = u.slot and p.key = u.key
+        where u.expect > 0
+        order by p.slot, p.key
+        for no key update of p;
+
+        with written as (
+            update oncepay.payments p
+            set status = u.status, version = u.expect + 1, intent = u.intent, progress = u.progress::jsonb,
+                amount_captured = u.captured, amount_refunded = u.refunded, event = u.event, actor = p_actor,
+                updated_at = now_at
+            from unnest(p_slot, p_key, p_expect, p_status, p_intent, p_progress, p_captured, p_refunded, p_event)
+                 with ordinality u (slot, key, expect, status, intent, progress, captured, refunded, event, n)
+            where p.slot = u.slot and p.key = u.key and u.expect > 0 and p.version = u.expect
+              and not u.n = any (moved)
+            returning u.n)
+        select done || coalesce(array_agg(w.n), '{}') into done from written w;
+
+        if cardinality(e_put) > 0 then
+            insert into oncepay.entries (slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at)
+            select p_slot[e.put], p_key[e.put], e.id, e.kind, e.currency, e.source,
+                   e.accounts::text[], e.amounts::bigint[], e.sellers::text[], now_at
+            from unnest(e_put, e_id, e_kind, e_currency, e_source, e_accounts, e_amounts, e_sellers)
+                 e (put, id, kind, currency, source, accounts, amounts, sellers)
+            where e.put = any (done);
+        end if;
+        if cardinality(l_put) > 0 then
+            insert into oncepay.balance_links (slot, key, entry_id, balance_transaction, created_at)
+            select p_slot[l.put], p_key[l.put], l.entry, l.transaction, now_at
+            from unnest(l_put, l_entry, l_transaction) l (put, entry, transaction)
+            where l.put = any (done);
+        end if;
+
+        return query
+        select 'put', u.n::integer,
+               case when u.n = any (done) then 'done'
+                    when u.n = any (moved) then 'moved'
+                    when p.key is null then 'missing'
+                    when u.expect = 0 then 'exists'
+                    else 'conflict' end,
+               p.slot, p.key, p.status, p.version, p.buyer, p.currency, p.amount, p.amount_captured, p.amount_refunded,
+               p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at
+        from unnest(p_slot, p_key, p_expect) with ordinality u (slot, key, expect, n)
+        left join oncepay.payments p on p.slot = u.slot and p.key = u.key and not u.n = any (done) and not u.n = any (moved);
+    end if;
+
+    if cardinality(g_key) > 0 then
+        return query
+        select 'get', u.n::integer,
+               case when exists (select from oncepay.ranges r where u.slot between r.first and r.last)
+                    then case when p.key is null then 'missing' else 'found' end
+                    else 'moved' end,
+               p.slot, p.key, p.status, p.version, p.buyer, p.currency, p.amount, p.amount_captured, p.amount_refunded,
+               p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at
+        from unnest(g_slot, g_key) with ordinality u (slot, key, n)
+        left join oncepay.payments p on p.slot = u.slot and p.key = u.key;
+    end if;
+    if cardinality(g_intent) > 0 then
+        return query
+        select 'intent', u.n::integer, 'found',
+               p.slot, p.key, p.status, p.version, p.buyer, p.currency, p.amount, p.amount_captured, p.amount_refunded,
+               p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at
+        from unnest(g_intent) with ordinality u (intent, n)
+        join oncepay.payments p on p.intent = u.intent
+        where exists (select from oncepay.ranges r where p.slot between r.first and r.last);
+    end if;
+
+    -- A transaction that wrote nothing would not wait for a standby; this one always writes.
+    perform pg_logical_emit_message(true, 'oncepay', p_nonce);
+end $$;
+
+-- The evidence that what was committed before is on a member: where this node has flushed to, and how far the furthest
+-- member's physical walsender has confirmed. A logical walsender, or one that is no member's, proves nothing.
+create function oncepay.evidence(members text[]) returns table (flushed pg_lsn, confirmed pg_lsn)
+    language sql volatile security definer set search_path = pg_catalog
+    begin atomic
+        select pg_current_wal_flush_lsn(), (
+            select max(w.flush_lsn)
+            from pg_stat_get_wal_senders() w
+            join pg_get_replication_slots() s on s.active_pid = w.pid
+            where s.slot_type = 'physical' and s.slot_name = any (members));
+    end;
+
+-- Take over as the shard's active worker: waits out the transactions of the one before, returns the new epoch.
+create function oncepay.take_epoch(p_holder text) returns bigint language plpgsql volatile as $$
+declare
+    taken bigint;
+begin
+    perform pg_advisory_xact_lock(2, 0);
+    update oncepay.worker_epoch set epoch = epoch + 1, holder = p_holder returning epoch into taken;
+    perform pg_logical_emit_message(true, 'oncepay', 'epoch ' || taken);
+    return taken;
+end $$;
