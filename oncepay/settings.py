@@ -76,7 +76,7 @@ class PollSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One deployment."""
+    """One deployment. `internal_token` is the secret by which services know one another."""
 
     etcd: EtcdSettings = EtcdSettings()
     postgres: PostgresSettings = PostgresSettings()
@@ -86,6 +86,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     poll: PollSettings = PollSettings()
     aggregator_url: str = "http://127.0.0.1:8082"
     aggregator_dsn: str = ""
+    internal_token: str = ""
     host: str = "127.0.0.1"
     auth: bool = True
     client_keys: bool = True
