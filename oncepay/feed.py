@@ -1,0 +1,144 @@
+"""The change feed: what a shard's worker forwards to the aggregator, and what the aggregator answers.
+
+A batch holds the changes of one shard between two positions of its log, in commit order. It is applied whole, in one
+transaction with the shard's watermark, or not at all. Rows travel as arrays (msgpack), so a member is only ever added
+at the end, with a default.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+FEED_ROWS_MAX = 5_000
+"""Rows in one batch, all kinds together. A worker cuts at this number (a transaction may span several batches)."""
+
+FEED_BYTES_MAX = 64 * 1024 * 1024
+"""The largest body that the aggregator reads."""
+
+
+class PaymentRow(msgspec.Struct, array_like=True, frozen=True):
+    """A payment as one commit left it. Times in microseconds since 1970 (UTC), exactly as the shard has them.
+
+    `lsn` is the end of its commit, `committed_at_ms` the transaction's time. `terms` and `progress` are the columns'
+    JSON text; None when the log doesn't repeat a large value that didn't change: what an earlier row said still holds.
+    """
+
+    lsn: int
+    committed_at_ms: int
+    slot: int
+    key: str
+    status: str
+    version: int
+    buyer: str
+    currency: str
+    amount: int
+    amount_captured: int
+    amount_refunded: int
+    intent: str | None
+    terms: str | None
+    progress: str | None
+    created_at_us: int
+    updated_at_us: int
+    expires_at_us: int
+
+
+class EntryRow(msgspec.Struct, array_like=True, frozen=True):
+    """A ledger entry: parallel tuples of account, amount (minor units, debits positive) and on whose behalf."""
+
+    lsn: int
+    committed_at_ms: int
+    slot: int
+    key: str
+    entry_id: str
+    kind: str
+    currency: str
+    source: str
+    accounts: tuple[str, ...]
+    amounts: tuple[int, ...]
+    sellers: tuple[str, ...]
+    created_at_us: int
+
+
+class LinkRow(msgspec.Struct, array_like=True, frozen=True):
+    """A balance transaction at Stripe and an entry whose posting on the clearing account is (a part of) its net."""
+
+    lsn: int
+    committed_at_ms: int
+    slot: int
+    key: str
+    entry_id: str
+    balance_transaction: str
+    created_at_us: int
+
+
+class FeedBatch(msgspec.Struct, array_like=True, frozen=True):
+    """All changes of `shard` with from_lsn < lsn <= to_lsn, in commit order.
+
+    `to_lsn` is the end of a commit of the worker's own that is on the quorum and came back in the same stream.
+    `incarnation` names the shard's history: positions of one mean nothing in another. `epoch` is the worker's.
+    """
+
+    shard: str
+    incarnation: str
+    epoch: int
+    from_lsn: int
+    to_lsn: int
+    payments: tuple[PaymentRow, ...] = ()
+    entries: tuple[EntryRow, ...] = ()
+    links: tuple[LinkRow, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many rows the batch holds."""
+        return len(self.payments) + len(self.entries) + len(self.links)
+
+
+class FeedAnswer(msgspec.Struct, frozen=True):
+    """What became of a batch (JSON). When `applied` is false nothing was: go on from `watermark`.
+
+    `watermark` is None when the aggregator has never seen the shard. `incarnation` and `epoch` are the last that it
+    accepted; `reason` is a word for logs: `gap`, `incarnation`, `epoch`.
+    """
+
+    applied: bool
+    watermark: int | None
+    incarnation: str
+    epoch: int
+    reason: str = ""
+
+
+class FeedPosition(msgspec.Struct, frozen=True):
+    """How far the aggregator has got with a shard (JSON). `watermark` is None when it has never seen it."""
+
+    watermark: int | None
+    incarnation: str
+    epoch: int
+
+
+_batch_encoder = msgspec.msgpack.Encoder()
+_batch_decoder = msgspec.msgpack.Decoder(FeedBatch)
+
+
+def encode_batch(batch: FeedBatch) -> bytes:
+    """The batch as the body of `POST /v1/feed`."""
+    return _batch_encoder.encode(batch)
+
+
+def decode_batch(body: bytes) -> FeedBatch:
+    """The batch in a body. Raises msgspec.DecodeError (or its ValidationError) when it is none."""
+    return _batch_decoder.decode(body)
+
+
+def lsn_text(lsn: int) -> str:
+    """A position as Postgres writes it: `lsn_text(0x116B3A8)` is `0/116B3A8`."""
+    if not 0 <= lsn < 1 << 64:
+        raise ValueError(f"{lsn} is no position in a log")
+    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
+
+
+def parse_lsn(text: str) -> int:
+    """The position in `text` (`X/Y`, hexadecimal). Raises ValueError when it is none."""
+    high, slash, low = text.partition("/")
+    if not slash or not (1 <= len(high) <= 8 and 1 <= len(low) <= 8) or not (high + low).isalnum():
+        raise ValueError(f"{text!r} is no position in a log (X/Y)")
+    return (int(high, 16) << 32) | int(low, 16)
