@@ -1,0 +1,91 @@
+"""Bodies in and out: msgspec both ways, errors as problem documents (RFC 9457)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from oncepay.errors import BodyTooLarge, MalformedBody, NotFound, OncepayError
+
+T = TypeVar("T")
+
+PROBLEM_JSON = "application/problem+json"
+
+_AT = re.compile(r" - at `\$\.?(?P<path>.*)`$")
+_NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<name>[^`]*)`")
+_decoders: dict[object, msgspec.json.Decoder[Any]] = {}
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
+class MethodNotAllowed(OncepayError):
+    """This path doesn't take this method."""
+
+    status = 405
+    slug = "method-not-allowed"
+
+
+class BadRequest(OncepayError):
+    """The request can't be understood."""
+
+    status = 400
+    slug = "bad-request"
+
+
+def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    """An answer with `body` (anything that msgspec encodes) as JSON."""
+    return web.Response(body=_encode(body), status=status, headers=headers, content_type="application/json")
+
+
+def problem_response(
+    error: OncepayError, headers: Mapping[str, str] | None = None, *, more: Mapping[str, object] | None = None
+) -> web.Response:
+    """The error as application/problem+json with the members of `more`, and with Retry-After when it says so."""
+    body = error.problem() | dict(more or {})
+    response = web.Response(body=_encode(body), status=error.status, headers=headers, content_type=PROBLEM_JSON)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+async def decode(request: web.Request, body_type: type[T]) -> T:
+    """The body as `body_type`. MalformedBody names the field; BodyTooLarge past the service's limit."""
+    try:
+        return decode_bytes(await request.read(), body_type)
+    except web.HTTPRequestEntityTooLarge as error:
+        raise BodyTooLarge(error.text or "") from None
+
+
+def decode_bytes(body: bytes, body_type: type[T]) -> T:
+    """`body` as JSON of `body_type`; MalformedBody with the path of the field that doesn't fit."""
+    try:
+        return _decoder(body_type).decode(body)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        path = match["path"] if (match := _AT.search(text)) else ""
+        if named := _NAMED.match(text):
+            path = f"{path}.{named['name']}" if path else named["name"]
+        raise MalformedBody(_AT.sub("", text), field=path or None) from None
+    except msgspec.DecodeError as error:
+        raise MalformedBody(f"the body is not JSON: {error}" if body else "the body is empty") from None
+
+
+def from_http_exception(error: web.HTTPException) -> OncepayError:
+    """The error of our family that says what aiohttp's exception says."""
+    if error.status == 404:
+        return NotFound()
+    if error.status == 413:
+        return BodyTooLarge(error.text or "")
+    return BadRequest(error.reason)
+
+
+def _decoder(body_type: type[T]) -> msgspec.json.Decoder[T]:
+    decoder = _decoders.get(body_type)
+    if decoder is None:
+        decoder = _decoders[body_type] = msgspec.json.Decoder(body_type)
+    return decoder
