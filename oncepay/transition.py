@@ -128,7 +128,7 @@ def _declined(payment: Payment, charge: str, failure: Failure) -> Moved:
 
 
 def _give_up(payment: Payment, event: GiveUp) -> Moved:
-    if payment.status is Status.CANCELING:
+    if payment.status in {Status.CANCELING, Status.CANCELED, Status.FAILED}:
         return Moved(payment)
     if payment.terminal:
         raise WrongState(f"a payment that has {payment.status} can't be given up")

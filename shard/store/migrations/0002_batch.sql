@@ -25,7 +25,7 @@ create function oncepay.commit_batch(
     p_slot integer[], p_key text[], p_expect bigint[], p_status text[], p_intent text[], p_progress text[],
     p_captured bigint[], p_refunded bigint[], p_event text[],
     p_buyer text[], p_currency text[], p_amount bigint[], p_fingerprint bytea[], p_terms text[],
-    p_created timestamptz[], p_expires timestamptz[],
+    p_created timestamptz[], p_expires timestamptz[], p_updated timestamptz[],
     -- entries of the puts: `put` is the put's ordinal; arrays as array literals
     e_put integer[], e_id text[], e_kind text[], e_currency text[], e_source text[],
     e_accounts text[], e_amounts text[], e_sellers text[],
@@ -36,7 +36,6 @@ create function oncepay.commit_batch(
     language plpgsql volatile as $$
 declare
     first_slot integer;
-    now_at constant timestamptz := clock_timestamp();
     moved integer[] := '{}';
     done integer[] := '{}';
 begin
@@ -62,11 +61,11 @@ begin
                 slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
                 fingerprint, terms, progress, event, actor, created_at, updated_at, expires_at)
             select u.slot, u.key, u.status, 1, u.buyer, u.currency, u.amount, u.captured, u.refunded, u.intent,
-                   u.fingerprint, u.terms::jsonb, u.progress::jsonb, u.event, p_actor, u.created, now_at, u.expires
+                   u.fingerprint, u.terms::jsonb, u.progress::jsonb, u.event, p_actor, u.created, u.updated, u.expires
             from unnest(p_slot, p_key, p_expect, p_status, p_intent, p_progress, p_captured, p_refunded, p_event,
-                        p_buyer, p_currency, p_amount, p_fingerprint, p_terms, p_created, p_expires)
+                        p_buyer, p_currency, p_amount, p_fingerprint, p_terms, p_created, p_expires, p_updated)
                  with ordinality u (slot, key, expect, status, intent, progress, captured, refunded, event,
-                                    buyer, currency, amount, fingerprint, terms, created, expires, n)
+                                    buyer, currency, amount, fingerprint, terms, created, expires, updated, n)
             where u.expect = 0 and not u.n = any (moved)
             order by u.n
             on conflict (slot, key) do nothing
@@ -85,9 +84,9 @@ begin
             update oncepay.payments p
             set status = u.status, version = u.expect + 1, intent = u.intent, progress = u.progress::jsonb,
                 amount_captured = u.captured, amount_refunded = u.refunded, event = u.event, actor = p_actor,
-                updated_at = now_at
-            from unnest(p_slot, p_key, p_expect, p_status, p_intent, p_progress, p_captured, p_refunded, p_event)
-                 with ordinality u (slot, key, expect, status, intent, progress, captured, refunded, event, n)
+                updated_at = u.updated
+            from unnest(p_slot, p_key, p_expect, p_status, p_intent, p_progress, p_captured, p_refunded, p_event, p_updated)
+                 with ordinality u (slot, key, expect, status, intent, progress, captured, refunded, event, updated, n)
             where p.slot = u.slot and p.key = u.key and u.expect > 0 and p.version = u.expect
               and not u.n = any (moved)
             returning u.n)
@@ -96,14 +95,14 @@ begin
         if cardinality(e_put) > 0 then
             insert into oncepay.entries (slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at)
             select p_slot[e.put], p_key[e.put], e.id, e.kind, e.currency, e.source,
-                   e.accounts::text[], e.amounts::bigint[], e.sellers::text[], now_at
+                   e.accounts::text[], e.amounts::bigint[], e.sellers::text[], p_updated[e.put]
             from unnest(e_put, e_id, e_kind, e_currency, e_source, e_accounts, e_amounts, e_sellers)
                  e (put, id, kind, currency, source, accounts, amounts, sellers)
             where e.put = any (done);
         end if;
         if cardinality(l_put) > 0 then
             insert into oncepay.balance_links (slot, key, entry_id, balance_transaction, created_at)
-            select p_slot[l.put], p_key[l.put], l.entry, l.transaction, now_at
+            select p_slot[l.put], p_key[l.put], l.entry, l.transaction, p_updated[l.put]
             from unnest(l_put, l_entry, l_transaction) l (put, entry, transaction)
             where l.put = any (done);
         end if;
@@ -147,16 +146,18 @@ begin
 end $$;
 
 -- The evidence that what was committed before is on a member: where this node has flushed to, and how far the furthest
--- member's physical walsender has confirmed. A logical walsender, or one that is no member's, proves nothing.
-create function oncepay.evidence(members text[]) returns table (flushed pg_lsn, confirmed pg_lsn)
-    language sql volatile security definer set search_path = pg_catalog
-    begin atomic
-        select pg_current_wal_flush_lsn(), (
-            select max(w.flush_lsn)
-            from pg_stat_get_wal_senders() w
-            join pg_get_replication_slots() s on s.active_pid = w.pid
-            where s.slot_type = 'physical' and s.slot_name = any (members));
-    end;
+-- member's physical walsender has confirmed. A logical walsender, or one that is no member's, proves nothing. `since`
+-- is the position of an earlier call of the same session, to ask again for that one.
+create function oncepay.evidence(members text[], since text) returns table (at_lsn text, proved boolean)
+    language plpgsql volatile security definer set search_path = pg_catalog as $$
+declare
+    wanted constant pg_lsn := coalesce(since::pg_lsn, pg_current_wal_flush_lsn());
+begin
+    return query select wanted::text, exists (
+        select from pg_stat_get_wal_senders() w
+        join pg_get_replication_slots() s on s.active_pid = w.pid
+        where s.slot_type = 'physical' and s.slot_name = any (members) and w.flush_lsn >= wanted);
+end $$;
 
 -- Take over as the shard's active worker: waits out the transactions of the one before, returns the new epoch.
 create function oncepay.take_epoch(p_holder text) returns bigint language plpgsql volatile as $$

@@ -1,0 +1,96 @@
+"""The shard map: which shard owns which range of slots. One record in etcd, with a version that only grows."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from oncepay.errors import EtcdUnavailable
+from oncepay.etcd import Etcd, Mirror
+from oncepay.etcd.types import KeyValue
+
+SLOTS = 65_536
+MAP_KEY = "map"
+
+
+class Range(msgspec.Struct, frozen=True):
+    """The slots `first` to `last`, both included, on `shard`."""
+
+    first: int
+    last: int
+    shard: str
+
+
+class ShardMap(msgspec.Struct, frozen=True):
+    """Ranges in ascending order that cover every slot once."""
+
+    version: int
+    ranges: tuple[Range, ...]
+
+    def __post_init__(self) -> None:
+        expected = 0
+        for item in self.ranges:
+            if item.first != expected or item.last < item.first:
+                raise ValueError(f"the ranges of map version {self.version} don't cover the slots from {expected} on once")
+            expected = item.last + 1
+        if expected != SLOTS:
+            raise ValueError(f"the ranges of map version {self.version} end at slot {expected - 1}")
+
+    def range_of(self, slot: int) -> Range:
+        """The range that holds `slot` (0 to 65,535)."""
+        return self.ranges[bisect.bisect_right(self.ranges, slot, key=lambda item: item.first) - 1]
+
+    def shards(self) -> tuple[str, ...]:
+        """The shards that own something, in the order of their first slots."""
+        return tuple(dict.fromkeys(item.shard for item in self.ranges))
+
+
+def even_map(shards: Sequence[str], version: int = 1) -> ShardMap:
+    """A first map: the slots dealt out evenly, in order."""
+    bounds = [SLOTS * i // len(shards) for i in range(len(shards) + 1)]
+    return ShardMap(version, tuple(Range(bounds[i], bounds[i + 1] - 1, name) for i, name in enumerate(shards)))
+
+
+class MapWatch:
+    """The current map, kept so by a watch. A lower version than the one known is ignored (etcd restored from old)."""
+
+    def __init__(self, etcd: Etcd) -> None:
+        self._mirror = Mirror(etcd, MAP_KEY, on_change=self._changed)
+        self._map: ShardMap | None = None
+        self._callbacks: list[Callable[[ShardMap], None]] = []
+
+    async def start(self, timeout_s: float = 60.0) -> None:
+        """Begin to watch; returns when a map is there. Raises EtcdUnavailable after `timeout_s`."""
+        self._mirror.start()
+        await self._mirror.wait_synced(timeout_s)
+
+    async def stop(self) -> None:
+        """End the watch."""
+        await self._mirror.stop()
+
+    @property
+    def known(self) -> bool:
+        """Whether a map has been read."""
+        return self._map is not None
+
+    @property
+    def current(self) -> ShardMap:
+        """The newest map seen. Raises EtcdUnavailable when none has been."""
+        if self._map is None:
+            raise EtcdUnavailable("no shard map has been read from etcd yet")
+        return self._map
+
+    def on_change(self, callback: Callable[[ShardMap], None]) -> None:
+        """Call `callback` with each new map."""
+        self._callbacks.append(callback)
+
+    def _changed(self, key: str, value: KeyValue | None) -> None:
+        if key or value is None:
+            return
+        seen = msgspec.json.decode(value.value, type=ShardMap)
+        if self._map is None or seen.version > self._map.version:
+            self._map = seen
+            for callback in self._callbacks:
+                callback(seen)

@@ -1,0 +1,172 @@
+"""The one way to Stripe: the `stripe` package over aiohttp, with answers as typed views.
+
+Retries, error classes and idempotency headers are the library's; `raw_request_async` leaves out its tree of objects.
+Calls are bounded in number and time. What comes back is a view of the PaymentIntent, or one of three errors: a decline,
+a refusal (Stripe says no, for good), or StripeUnavailable (the outcome is not known).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+import stripe
+from prometheus_client import Counter, Histogram
+
+from oncepay.errors import OncepayError, StripeUnavailable
+from oncepay.payment import Failure, IntentView
+from oncepay.settings import StripeSettings
+from oncepay.stripe_objects import ErrorAnswer, ErrorObject, EventList, IntentList, IntentObject, failure_of
+
+CONCURRENCY_MAX = 128
+RETRIES_MAX = 2
+PAGE_MAX = 100
+EXPAND = ["latest_charge.balance_transaction"]
+
+T = TypeVar("T")
+
+CALLS = Counter("oncepay_stripe_calls_total", "Calls to Stripe.", ["call", "outcome"])
+SECONDS = Histogram("oncepay_stripe_call_seconds", "Time of a call to Stripe with its retries.", ["call"])
+
+
+class Declined(OncepayError):
+    """The payment method was declined."""
+
+    status = 402
+    slug = "declined"
+
+    def __init__(self, failure: Failure, charge: str, view: IntentView | None) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+        self.charge = charge
+        self.view = view
+
+
+class StripeRefused(OncepayError):
+    """Stripe refused the request, and would refuse it again."""
+
+    status = 422
+    slug = "stripe-refused"
+
+    def __init__(self, error: ErrorObject) -> None:
+        super().__init__(error.message or error.code or error.type)
+        self.code = error.code or error.type
+        self.view = error.payment_intent.view() if error.payment_intent else None
+
+
+class StripeGateway:
+    """Calls to one Stripe account. Open it in a running loop: `async with StripeGateway(settings) as gateway: ...`."""
+
+    def __init__(self, settings: StripeSettings) -> None:
+        self._settings = settings
+        self._slots = asyncio.Semaphore(CONCURRENCY_MAX)
+        self._client: stripe.StripeClient | None = None
+        self._http: stripe.AIOHTTPClient | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> StripeGateway:
+        secure = self._settings.base_url.startswith("https")
+        context = ssl.create_default_context(cafile=stripe.ca_bundle_path) if secure else False
+        connector = aiohttp.TCPConnector(limit=CONCURRENCY_MAX, ssl=context, keepalive_timeout=30)
+        self._session = aiohttp.ClientSession(connector=connector)
+        timeout = aiohttp.ClientTimeout(total=self._settings.timeout_s)
+        self._http = stripe.AIOHTTPClient(timeout=timeout, session=self._session)
+        self._client = stripe.StripeClient(
+            self._settings.api_key,
+            stripe_version=self._settings.api_version,
+            base_addresses={"api": self._settings.base_url},
+            http_client=self._http,
+            max_network_retries=RETRIES_MAX,
+        )
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def create(self, parameters: Mapping[str, object], idempotency_key: str, api_version: str) -> IntentView:
+        """Create a PaymentIntent, unconfirmed. Raises StripeRefused or StripeUnavailable."""
+        return (await self._post("create", "/v1/payment_intents", parameters, idempotency_key, api_version)).view()
+
+    async def confirm(self, intent: str, parameters: Mapping[str, object], idempotency_key: str, api_version: str) -> IntentView:
+        """Confirm. Raises Declined, StripeRefused or StripeUnavailable."""
+        path = f"/v1/payment_intents/{intent}/confirm"
+        return (await self._post("confirm", path, {**parameters, "expand": EXPAND}, idempotency_key, api_version)).view()
+
+    async def cancel(self, intent: str, idempotency_key: str, api_version: str) -> IntentView:
+        """Cancel. Raises StripeRefused with the intent's view when its state doesn't allow it."""
+        path = f"/v1/payment_intents/{intent}/cancel"
+        return (await self._post("cancel", path, {"expand": EXPAND}, idempotency_key, api_version)).view()
+
+    async def retrieve(self, intent: str) -> IntentView:
+        """The PaymentIntent as it is now, with its latest charge and that one's balance transaction."""
+        body = await self._call("retrieve", "get", f"/v1/payment_intents/{intent}", {"expand": EXPAND}, {})
+        return msgspec.json.decode(body, type=IntentObject).view()
+
+    async def intents(self, *, created_gte: int, created_lte: int | None = None, starting_after: str = "") -> IntentList:
+        """One page (at most 100, newest first) of PaymentIntents created in the given span (seconds since 1970)."""
+        created = {"gte": created_gte} | ({"lte": created_lte} if created_lte is not None else {})
+        query: dict[str, object] = {"limit": PAGE_MAX, "created": created, "expand": [f"data.{EXPAND[0]}"]}
+        if starting_after:
+            query["starting_after"] = starting_after
+        return msgspec.json.decode(await self._call("list", "get", "/v1/payment_intents", query, {}), type=IntentList)
+
+    async def events(self, *, created_gte: int, starting_after: str = "", ending_before: str = "") -> EventList:
+        """One page (at most 100, newest first) of the account's events."""
+        query: dict[str, object] = {"limit": PAGE_MAX, "created": {"gte": created_gte}}
+        query |= {"starting_after": starting_after} if starting_after else {}
+        query |= {"ending_before": ending_before} if ending_before else {}
+        return msgspec.json.decode(await self._call("list", "get", "/v1/events", query, {}), type=EventList)
+
+    async def _post(
+        self, call: str, path: str, parameters: Mapping[str, object], idempotency_key: str, api_version: str
+    ) -> IntentObject:
+        options = {"idempotency_key": idempotency_key, "stripe_version": api_version}
+        return msgspec.json.decode(await self._call(call, "post", path, parameters, options), type=IntentObject)
+
+    async def _call(self, call: str, method: str, path: str, parameters: Mapping[str, object], options: Mapping[str, str]) -> str:
+        assert self._client is not None, "open the gateway first"
+        async with self._slots:
+            started_s = time.monotonic()
+            try:
+                answer = await self._client.raw_request_async(method, path, **{**parameters, **options})
+            except stripe.StripeError as error:
+                failure = self._error(error)
+                CALLS.labels(call, failure.slug).inc()
+                raise failure from error
+            except (aiohttp.ClientError, TimeoutError) as error:  # the body broke off after the headers
+                CALLS.labels(call, StripeUnavailable.slug).inc()
+                raise StripeUnavailable(f"{path}: {error!r}") from error
+            finally:
+                SECONDS.labels(call).observe(time.monotonic() - started_s)
+        CALLS.labels(call, "ok").inc()
+        return str(answer.body)
+
+    @staticmethod
+    def _error(error: stripe.StripeError) -> OncepayError:
+        """Map the library's error classes to ours. A 429, a 5xx and no answer at all leave the outcome unknown."""
+        body = error.http_body if isinstance(error.http_body, str) else ""
+        unknown = isinstance(error, stripe.APIConnectionError | stripe.RateLimitError) or (error.http_status or 500) >= 500
+        if unknown or error.http_status == 409:
+            replayed = str((error.headers or {}).get("Idempotent-Replayed", "")).lower() == "true"
+            return StripeStored(str(error)) if replayed else StripeUnavailable(str(error))
+        try:
+            answer = msgspec.json.decode(body, type=ErrorAnswer).error
+        except msgspec.DecodeError:
+            answer = ErrorObject(type=type(error).__name__, message=str(error))
+        if isinstance(error, stripe.CardError):
+            failure, charge = failure_of(answer)
+            return Declined(failure, charge, answer.payment_intent.view() if answer.payment_intent else None)
+        return StripeRefused(answer)
+
+
+class StripeStored(StripeUnavailable):
+    """Stripe has stored an error as the answer to this idempotency key and will repeat it; only a look can tell."""
+
+    slug = "stripe-stored-error"

@@ -1,0 +1,311 @@
+"""Group commit: what arrives for a shard while a batch is on its way is the next batch, one quorum round for all.
+
+The invariant: an operation is answered only when its batch's commit was acknowledged *and* the evidence was seen that a
+member's physical standby has flushed past it. Anything else (a cut connection, no evidence in time) is OutcomeUnknown for
+every operation of the batch, and the caller reads back. A commit in flight is never canceled or timed out; on a change of
+leader its connection is dropped without a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import asyncpg
+import msgspec
+from prometheus_client import Counter, Histogram
+
+from oncepay.errors import InvalidField, NotOwner, OncepayError, OutcomeUnknown, ShardUnavailable, TooBusy
+from oncepay.keys import slot as slot_of
+from oncepay.logs import get_logger
+from oncepay.payment import Payment
+from oncepay.shardmap import MapWatch
+from shard.store.leader import Leaders, Node
+from shard.store.rows import Put, entry_arrays, payment_of, put_arrays
+
+WRITERS = 2
+ROWS_MAX = 400
+"""Operations in one batch."""
+WAITING_MAX = 20_000
+"""Operations that may wait for one shard; more are refused with TooBusy."""
+EVIDENCE_S = 5.0
+"""How long a commit's evidence may take before the outcome is called unknown."""
+EVIDENCE_PAUSES_S = (0.0, 0.001, 0.002, 0.005, 0.01)
+CONNECT_S = 5.0
+RETRY_S = 0.25
+
+_log = get_logger("store")
+
+BATCHES = Counter("oncepay_store_batches_total", "Batches sent to a shard.", ["shard", "outcome"])
+ROWS = Histogram("oncepay_store_batch_rows", "Operations in a batch.", ["shard"], buckets=(1, 2, 5, 10, 20, 50, 100, 200, 400))
+SECONDS = Histogram("oncepay_store_batch_seconds", "A batch's commit with its evidence.", ["shard"])
+
+_CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 37))})"  # noqa: S608 (placeholders only)
+_EVIDENCE = "select at_lsn, proved from oncepay.evidence($1, $2)"
+
+
+class EpochOver(OncepayError):
+    """Another worker has taken the shard over."""
+
+    slug = "epoch-over"
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What became of a put ('done', 'exists', 'conflict', 'missing') and the row as it is, where that is another."""
+
+    outcome: str
+    payment: Payment | None
+
+
+class Connect(Protocol):
+    """Opens a session to a node."""
+
+    async def __call__(self, host: str, port: int) -> asyncpg.Connection: ...
+
+
+class _Operation:
+    """One waiting put, read or barrier."""
+
+    __slots__ = ("by_intent", "future", "key", "put", "slot")
+
+    def __init__(self, future: asyncio.Future[Answer], put: Put | None = None, key: str = "", by_intent: bool = False) -> None:
+        self.future = future
+        self.put = put
+        self.key = put.payment.key if put else key
+        self.by_intent = by_intent
+        self.slot = -1 if by_intent or not self.key else slot_of(self.key)
+
+
+class Batcher:
+    """The write path to one shard. `epoch` is set for a worker: each of its transactions then checks it."""
+
+    def __init__(self, shard: str, leaders: Leaders, maps: MapWatch, connect: Connect, actor: str) -> None:
+        self.shard = shard
+        self.epoch: int | None = None
+        self._leaders = leaders
+        self._maps = maps
+        self._connect = connect
+        self._actor = actor
+        self._nonces = itertools.count(1)
+        self._waiting: deque[_Operation] = deque()
+        self._arrived = asyncio.Event()
+        self._connections: set[asyncpg.Connection] = set()
+        self._busy = 0
+        self._barrier_session: asyncpg.Connection | None = None
+        self._barrier_lock = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        leaders.on_change(self._leader_changed)
+
+    def start(self, writers: int = WRITERS) -> None:
+        """Begin to write."""
+        self._tasks = [asyncio.create_task(self._write(), name=f"writer-{self.shard}-{n}") for n in range(writers)]
+
+    async def stop(self) -> None:
+        """Let the batches in flight end (bounded), then close."""
+        deadline_s = time.monotonic() + 5
+        while (self._waiting or self._busy) and time.monotonic() < deadline_s:  # noqa: ASYNC110 (bounded, at the very end)
+            await asyncio.sleep(0.02)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for connection in list(self._connections):
+            connection.terminate()
+
+    async def put(self, put: Put) -> Answer:
+        """Commit a row. Raises NotOwner, OutcomeUnknown, ShardUnavailable or TooBusy."""
+        return await self._submit(_Operation(asyncio.get_running_loop().create_future(), put=put))
+
+    async def get(self, key: str) -> Payment | None:
+        """The row of `key` behind the barrier: what is answered here can't be erased by a failover."""
+        return (await self._submit(_Operation(asyncio.get_running_loop().create_future(), key=key))).payment
+
+    async def by_intent(self, intent: str) -> Payment | None:
+        """The row that names the PaymentIntent, if it is on this shard, behind the barrier."""
+        return (await self._submit(_Operation(asyncio.get_running_loop().create_future(), key=intent, by_intent=True))).payment
+
+    async def _submit(self, operation: _Operation) -> Answer:
+        if len(self._waiting) >= WAITING_MAX:
+            raise TooBusy(f"{WAITING_MAX} operations wait for shard {self.shard}")
+        self._waiting.append(operation)
+        self._arrived.set()
+        return await operation.future
+
+    def _leader_changed(self, shard: str) -> None:
+        """A deposed leader keeps its sockets open: drop them, without a cancel request."""
+        if shard == self.shard:
+            for connection in list(self._connections):
+                connection.terminate()
+
+    async def _write(self) -> None:
+        """One writer: takes what has come in, sends it, answers. It never ends but by being canceled while idle."""
+        connection: asyncpg.Connection | None = None
+        while True:
+            while not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            if connection is None or connection.is_closed():
+                connection = await self._session()
+                continue
+            batch = self._take()
+            if batch:
+                self._busy += 1
+                try:
+                    await self._send(connection, batch)
+                finally:
+                    self._busy -= 1
+
+    async def _session(self) -> asyncpg.Connection | None:
+        """A session on the leader, or None after a pause. Operations wait meanwhile; their callers have bounds."""
+        node = self._leaders.current(self.shard)
+        try:
+            node = node or await self._leaders.wait(self.shard, RETRY_S)
+            return await self._opened(node)
+        except (ShardUnavailable, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            _log.info("no session", shard=self.shard, error=repr(error))
+            await asyncio.sleep(RETRY_S)
+            return None
+
+    async def _opened(self, node: Node) -> asyncpg.Connection:
+        connection = await asyncio.wait_for(self._connect(node.host, node.port), CONNECT_S)
+        self._connections.add(connection)
+        connection.add_termination_listener(self._connections.discard)
+        return connection
+
+    def _take(self) -> list[_Operation]:
+        """The next batch: at most ROWS_MAX, one put a key (the others keep their place), nobody who gave up waiting."""
+        batch: list[_Operation] = []
+        later: list[_Operation] = []
+        keys: set[str] = set()
+        while self._waiting and len(batch) < ROWS_MAX:
+            operation = self._waiting.popleft()
+            if operation.future.done():
+                continue
+            if operation.put is not None:
+                if operation.key in keys:
+                    later.append(operation)
+                    continue
+                keys.add(operation.key)
+            batch.append(operation)
+        self._waiting.extendleft(reversed(later))
+        return batch
+
+    async def _send(self, connection: asyncpg.Connection, batch: list[_Operation]) -> None:
+        """Send a batch as one transaction; when a row is poisonous, halve until it stands alone and fails alone."""
+        started_s = time.monotonic()
+        try:
+            rows = await self._commit(connection, batch)
+            await self._prove(connection)
+        except asyncpg.PostgresError as error:
+            if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError) or connection.is_closed():
+                self._unknown(connection, batch, error)
+            elif error.sqlstate == "OP001":
+                self._fail(batch, EpochOver(str(error)))
+            elif isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                connection.terminate()
+                self._fail(batch, ShardUnavailable(f"{self.shard}: the node is not the leader"))
+            elif len(batch) == 1 or not _is_data(error):
+                _log.warning("batch refused", shard=self.shard, rows=len(batch), error=repr(error))
+                self._fail(batch, _refusal(error))
+            else:
+                middle = len(batch) // 2
+                await self._send(connection, batch[:middle])
+                await self._send(connection, batch[middle:])
+            BATCHES.labels(self.shard, "error").inc()
+            return
+        except (OSError, OutcomeUnknown, asyncpg.InterfaceError) as error:
+            self._unknown(connection, batch, error)
+            return
+        except Exception as error:  # ours: the batch is not answered as committed, and the writer lives on
+            _log.exception("batch failed", shard=self.shard)
+            self._unknown(connection, batch, error)
+            return
+        SECONDS.labels(self.shard).observe(time.monotonic() - started_s)
+        BATCHES.labels(self.shard, "done").inc()
+        ROWS.labels(self.shard).observe(len(batch))
+        self._answer(batch, rows)
+
+    async def _commit(self, connection: asyncpg.Connection, batch: list[_Operation]) -> Sequence[Mapping[str, Any]]:
+        batch.sort(key=lambda o: (o.put is None, o.by_intent, o.slot, o.key))
+        puts = [o.put for o in batch if o.put is not None]
+        gets = [o for o in batch if o.put is None and o.slot >= 0]
+        ranges = sorted({self._maps.current.range_of(o.slot).first for o in batch if o.put is not None})
+        columns = put_arrays(puts)
+        rows: Sequence[Mapping[str, Any]] = await connection.fetch(
+            _CALL, ranges, self.epoch, self._actor, f"{self._actor}:{next(self._nonces)}", *columns, *entry_arrays(puts),
+            [o.slot for o in gets], [o.key for o in gets], [o.key for o in batch if o.by_intent],
+        )  # fmt: skip
+        return rows
+
+    async def _prove(self, connection: asyncpg.Connection) -> None:
+        """Return when a member's physical standby has flushed past the commit just made in this session."""
+        members = self._leaders.member_slots(self.shard)
+        since: str | None = None
+        deadline_s = time.monotonic() + EVIDENCE_S
+        pauses = itertools.chain(EVIDENCE_PAUSES_S, itertools.repeat(0.02))
+        while True:
+            row = await connection.fetchrow(_EVIDENCE, members, since)
+            if row["proved"]:
+                return
+            since = row["at_lsn"]
+            if time.monotonic() > deadline_s:
+                raise OutcomeUnknown(f"no standby of {self.shard} has confirmed {since}")
+            await asyncio.sleep(next(pauses))
+
+    def _answer(self, batch: list[_Operation], rows: Sequence[Mapping[str, Any]]) -> None:
+        puts = [o for o in batch if o.put is not None]
+        gets = [o for o in batch if o.put is None and o.slot >= 0]
+        intents = [o for o in batch if o.by_intent]
+        for row in rows:
+            target = {"put": puts, "get": gets, "intent": intents}[row["kind"]][row["ordinal"] - 1]
+            if target.future.done():
+                continue
+            if row["outcome"] == "moved":
+                target.future.set_exception(NotOwner(f"{target.key} is not on shard {self.shard}"))
+            else:
+                payment = payment_of(row) if row["key"] is not None else None
+                target.future.set_result(Answer(row["outcome"], payment))
+        for operation in batch:
+            if not operation.future.done():  # a barrier, or an intent that no row names
+                operation.future.set_result(Answer("missing", None))
+
+    def _unknown(self, connection: asyncpg.Connection, batch: list[_Operation], error: BaseException) -> None:
+        connection.terminate()
+        BATCHES.labels(self.shard, "unknown").inc()
+        _log.warning("outcome unknown", shard=self.shard, rows=len(batch), error=repr(error))
+        self._fail(batch, OutcomeUnknown(f"shard {self.shard}: {error!r}"))
+
+    @staticmethod
+    def _fail(batch: list[_Operation], error: BaseException) -> None:
+        for operation in batch:
+            if not operation.future.done():
+                operation.future.set_exception(error)
+
+    async def barrier(self, nonce: str) -> None:
+        """Commit a transactional message with `nonce` and see the evidence, in a session of its own."""
+        async with self._barrier_lock:
+            connection = self._barrier_session
+            try:
+                if connection is None or connection.is_closed():
+                    node = await self._leaders.wait(self.shard, CONNECT_S)
+                    connection = self._barrier_session = await self._opened(node)
+                await connection.execute("select pg_logical_emit_message(true, 'oncepay', $1::text)", nonce)
+                await self._prove(connection)
+            except (OSError, TimeoutError, OutcomeUnknown, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                if connection is not None:
+                    connection.terminate()
+                raise OutcomeUnknown(f"barrier on {self.shard}: {error!r}") from error
+
+
+def _is_data(error: asyncpg.PostgresError) -> bool:
+    """Whether the error is about a row's values (class 22 or 23), so that another row may still pass."""
+    return bool(error.sqlstate) and error.sqlstate[:2] in {"22", "23"}
+
+
+def _refusal(error: asyncpg.PostgresError) -> OncepayError:
+    if _is_data(error):
+        return InvalidField(f"the database refused the row: {error}")
+    return ShardUnavailable(f"the shard refused the batch: {error}")

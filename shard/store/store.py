@@ -1,0 +1,189 @@
+"""Payments, wherever they are: the right shard for each key, held through fences and failovers.
+
+`Shards` serves the routers (all shards); a worker uses `Shards` too and drives only its own shard's payments, with its
+epoch on that shard's batcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import asyncpg
+from msgspec.structs import replace
+
+from oncepay.errors import EtcdUnavailable, NotFound, NotOwner, OutcomeUnknown, ShardUnavailable
+from oncepay.etcd import Etcd
+from oncepay.keys import slot as slot_of
+from oncepay.ledger import BalanceLink, Entry
+from oncepay.logs import get_logger
+from oncepay.payment import Key, Payment
+from oncepay.settings import Settings
+from oncepay.shardmap import MapWatch
+from oncepay.transition import Event, IntentSeen, move
+from shard.store.batch import Batcher
+from shard.store.leader import Leaders
+from shard.store.rows import Put
+
+HOLD_S = 30.0
+"""How long an operation is held through a fence or a failover before its caller hears 503."""
+RETRY_PAUSE_S = 0.05
+RETRY_PAUSE_MAX_S = 1.0
+
+T = TypeVar("T")
+_log = get_logger("store")
+
+
+class StaleView(Exception):
+    """The row changed since the look at Stripe that an event comes from: look again. Carries the row as it is."""
+
+    def __init__(self, payment: Payment) -> None:
+        super().__init__(payment.key)
+        self.payment = payment
+
+
+class Shards:
+    """The payments of all shards, for one process. `role` is the Postgres role, `actor` names the process in each row."""
+
+    def __init__(self, etcd: Etcd, settings: Settings, *, role: str, password: str, actor: str) -> None:
+        self._settings = settings
+        self._role = role
+        self._password = password
+        self._actor = actor
+        self.leaders = Leaders(etcd)
+        self.maps = MapWatch(etcd)
+        self._batchers: dict[str, Batcher] = {}
+
+    async def start(self, timeout_s: float = 60.0) -> None:
+        """Begin to watch the map and the leaders. Raises EtcdUnavailable after `timeout_s`."""
+        await self.leaders.start(timeout_s)
+        await self.maps.start(timeout_s)
+
+    async def stop(self) -> None:
+        """Let what is in flight end, then close."""
+        await asyncio.gather(*(batcher.stop() for batcher in self._batchers.values()))
+        await self.maps.stop()
+        await self.leaders.stop()
+
+    def batcher(self, shard: str) -> Batcher:
+        """The write path to `shard`, opened when it is first asked for."""
+        found = self._batchers.get(shard)
+        if found is None:
+            found = self._batchers[shard] = Batcher(shard, self.leaders, self.maps, self.connect, self._actor)
+            found.start()
+        return found
+
+    async def connect(self, host: str, port: int) -> asyncpg.Connection:
+        """A session with a node, in this process' role."""
+        return await asyncpg.connect(
+            host=host,
+            port=port,
+            user=self._role,
+            password=self._password,
+            database=self._settings.postgres.database,
+            ssl=False,
+            timeout=5,
+            server_settings={"application_name": self._actor, "idle_in_transaction_session_timeout": "3000", "jit": "off"},
+        )
+
+    async def accept(self, payment: Payment, event: str = "accepted") -> tuple[Payment, bool]:
+        """Commit a new row, or find the one that has the key already: `(the row, whether this call made it)`.
+
+        The caller compares fingerprints. Raises ShardUnavailable or OutcomeUnknown after the hold, TooBusy at once.
+        """
+        put = Put(payment, 0, event)
+
+        async def attempt(batcher: Batcher) -> tuple[Payment, bool]:
+            answer = await batcher.put(put)
+            if answer.outcome == "done":
+                return payment, True
+            assert answer.payment is not None
+            found = answer.payment  # an unknown commit of ours that was read back is ours
+            return found, found.created_at_ms == payment.created_at_ms and found.fingerprint == payment.fingerprint
+
+        return await self._held(payment.key, attempt)
+
+    async def get(self, key: str) -> Payment | None:
+        """The row of `key`, behind the barrier."""
+
+        async def attempt(batcher: Batcher) -> Payment | None:
+            return await batcher.get(key)
+
+        return await self._held(key, attempt)
+
+    async def by_intent(self, intent: str) -> Payment | None:
+        """The row that names a PaymentIntent, on whichever shard it is."""
+        shards = self.maps.current.shards()
+        found = await asyncio.gather(*(self.batcher(shard).by_intent(intent) for shard in shards))
+        return next((payment for payment in found if payment is not None), None)
+
+    async def apply(self, payment: Payment, *events: Event, event: str) -> Payment:
+        """Apply events to a row in one commit and return the row as it is then. `event` names the reason in the row.
+
+        The row is compared by version. When it has changed meanwhile, facts that are terminal at Stripe are applied to
+        the row as it is now; a view that is not terminal is stale then, and StaleView says so. Raises what `move` raises.
+        """
+        while True:
+            put = self._put(payment, events, event)
+            if put is None:
+                return payment
+            try:
+                answer = await self._held(payment.key, lambda batcher, put=put: batcher.put(put))  # type: ignore[misc]
+            except OutcomeUnknown:
+                current = await self.get(payment.key)
+                if current is None:
+                    raise
+            else:
+                if answer.outcome == "done":
+                    return put.payment
+                current = answer.payment
+                if current is None:
+                    raise NotFound(f"there is no payment {payment.key}")
+            if any(_goes_stale(item) for item in events):
+                raise StaleView(current)
+            payment = current
+
+    def _put(self, payment: Payment, events: tuple[Event, ...], event: str) -> Put | None:
+        moved_payment = payment
+        entries: tuple[Entry, ...] = ()
+        links: tuple[BalanceLink, ...] = ()
+        for item in events:
+            moved = move(moved_payment, item)
+            moved_payment, entries, links = moved.payment, entries + moved.entries, links + moved.links
+        if moved_payment is payment:
+            return None
+        now_ms = max(time.time_ns() // 1_000_000, payment.updated_at_ms)
+        after = replace(moved_payment, version=payment.version + 1, updated_at_ms=now_ms)
+        return Put(after, payment.version, event, entries, links)
+
+    async def _held(self, key: Key | str, attempt: Callable[[Batcher], Awaitable[T]]) -> T:
+        """Run `attempt` on the shard that owns `key`; hold it through moves, failovers and unknown outcomes.
+
+        What is attempted again must be safe to repeat: a new row, a compared update (a second one finds its version
+        gone) or a read.
+        """
+        deadline_s = time.monotonic() + HOLD_S
+        slot = slot_of(key)
+        pause_s = RETRY_PAUSE_S
+        while True:
+            error: Exception
+            try:
+                shard = self.maps.current.range_of(slot).shard
+                async with asyncio.timeout(max(0.1, deadline_s - time.monotonic())):
+                    return await attempt(self.batcher(shard))
+            except (NotOwner, OutcomeUnknown, ShardUnavailable, EtcdUnavailable) as problem:
+                error = problem
+            except TimeoutError:
+                error = ShardUnavailable(f"no answer from the payment's shard in {HOLD_S:.0f} s")
+            if time.monotonic() + pause_s >= deadline_s:
+                raise error
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(pause_s * 2, RETRY_PAUSE_MAX_S)
+
+
+def _goes_stale(event: Event) -> bool:
+    """Whether an event holds only for the version of the row that was looked at."""
+    return isinstance(event, IntentSeen) and event.view.status not in {"succeeded", "canceled"}
