@@ -44,7 +44,7 @@ BATCHES = Counter("oncepay_store_batches_total", "Batches sent to a shard.", ["s
 ROWS = Histogram("oncepay_store_batch_rows", "Operations in a batch.", ["shard"], buckets=(1, 2, 5, 10, 20, 50, 100, 200, 400))
 SECONDS = Histogram("oncepay_store_batch_seconds", "A batch's commit with its evidence.", ["shard"])
 
-_CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 37))})"  # noqa: S608 (placeholders only)
+_CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 38))})"  # noqa: S608 (placeholders only)
 _EVIDENCE = "select at_lsn, proved from oncepay.evidence($1, $2)"
 
 
@@ -54,11 +54,27 @@ class EpochOver(OncepayError):
     slug = "epoch-over"
 
 
+class EntryView(msgspec.Struct, frozen=True):
+    """An entry as it stands in the table: parallel arrays of accounts, amounts (minor units, debits positive), sellers."""
+
+    entry_id: str
+    kind: str
+    currency: str
+    source: str
+    accounts: list[str]
+    amounts: list[int]
+    sellers: list[str]
+
+
+_entries = msgspec.json.Decoder(tuple[EntryView, ...]).decode
+
+
 class Answer(msgspec.Struct, frozen=True):
     """What became of a put ('done', 'exists', 'conflict', 'missing') and the row as it is, where that is another."""
 
     outcome: str
     payment: Payment | None
+    entries: tuple[EntryView, ...] = ()
 
 
 class Connect(Protocol):
@@ -70,10 +86,18 @@ class Connect(Protocol):
 class _Operation:
     """One waiting put, read or barrier."""
 
-    __slots__ = ("by_intent", "future", "key", "put", "slot")
+    __slots__ = ("by_intent", "entries", "future", "key", "put", "slot")
 
-    def __init__(self, future: asyncio.Future[Answer], put: Put | None = None, key: str = "", by_intent: bool = False) -> None:
+    def __init__(
+        self,
+        future: asyncio.Future[Answer],
+        put: Put | None = None,
+        key: str = "",
+        by_intent: bool = False,
+        entries: bool = False,
+    ) -> None:
         self.future = future
+        self.entries = entries
         self.put = put
         self.key = put.payment.key if put else key
         self.by_intent = by_intent
@@ -119,9 +143,9 @@ class Batcher:
         """Commit a row. Raises NotOwner, OutcomeUnknown, ShardUnavailable or TooBusy."""
         return await self._submit(_Operation(asyncio.get_running_loop().create_future(), put=put))
 
-    async def get(self, key: str) -> Payment | None:
+    async def get(self, key: str, *, entries: bool = False) -> Answer:
         """The row of `key` behind the barrier: what is answered here can't be erased by a failover."""
-        return (await self._submit(_Operation(asyncio.get_running_loop().create_future(), key=key))).payment
+        return await self._submit(_Operation(asyncio.get_running_loop().create_future(), key=key, entries=entries))
 
     async def by_intent(self, intent: str) -> Payment | None:
         """The row that names the PaymentIntent, if it is on this shard, behind the barrier."""
@@ -236,7 +260,7 @@ class Batcher:
         columns = put_arrays(puts)
         rows: Sequence[Mapping[str, Any]] = await connection.fetch(
             _CALL, ranges, self.epoch, self._actor, f"{self._actor}:{next(self._nonces)}", *columns, *entry_arrays(puts),
-            [o.slot for o in gets], [o.key for o in gets], [o.key for o in batch if o.by_intent],
+            [o.slot for o in gets], [o.key for o in gets], [o.entries for o in gets], [o.key for o in batch if o.by_intent],
         )  # fmt: skip
         return rows
 
@@ -267,7 +291,8 @@ class Batcher:
                 target.future.set_exception(NotOwner(f"{target.key} is not on shard {self.shard}"))
             else:
                 payment = payment_of(row) if row["key"] is not None else None
-                target.future.set_result(Answer(row["outcome"], payment))
+                found = _entries(row["entries"]) if row["entries"] else ()
+                target.future.set_result(Answer(row["outcome"], payment, found))
         for operation in batch:
             if not operation.future.done():  # a barrier, or an intent that no row names
                 operation.future.set_result(Answer("missing", None))

@@ -21,10 +21,11 @@ from oncepay.keys import slot as slot_of
 from oncepay.ledger import BalanceLink, Entry
 from oncepay.logs import get_logger
 from oncepay.payment import Key, Payment
+from oncepay.ports import StaleView
 from oncepay.settings import Settings
 from oncepay.shardmap import MapWatch
 from oncepay.transition import Event, IntentSeen, move
-from shard.store.batch import Batcher
+from shard.store.batch import Batcher, EntryView
 from shard.store.leader import Leaders
 from shard.store.rows import Put
 
@@ -35,14 +36,6 @@ RETRY_PAUSE_MAX_S = 1.0
 
 T = TypeVar("T")
 _log = get_logger("store")
-
-
-class StaleView(Exception):
-    """The row changed since the look at Stripe that an event comes from: look again. Carries the row as it is."""
-
-    def __init__(self, payment: Payment) -> None:
-        super().__init__(payment.key)
-        self.payment = payment
 
 
 class Shards:
@@ -110,7 +103,16 @@ class Shards:
         """The row of `key`, behind the barrier."""
 
         async def attempt(batcher: Batcher) -> Payment | None:
-            return await batcher.get(key)
+            return (await batcher.get(key)).payment
+
+        return await self._held(key, attempt)
+
+    async def get_with_entries(self, key: str) -> tuple[Payment, tuple[EntryView, ...]] | None:
+        """The row of `key` and its ledger entries, oldest first, from one snapshot behind the barrier."""
+
+        async def attempt(batcher: Batcher) -> tuple[Payment, tuple[EntryView, ...]] | None:
+            answer = await batcher.get(key, entries=True)
+            return (answer.payment, answer.entries) if answer.payment else None
 
         return await self._held(key, attempt)
 

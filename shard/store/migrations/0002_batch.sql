@@ -13,7 +13,8 @@ create type oncepay.answer as (
     outcome text,
     slot integer, key text, status text, version bigint, buyer text, currency text, amount bigint,
     amount_captured bigint, amount_refunded bigint, intent text, fingerprint bytea, terms text, progress text,
-    event text, created_at timestamptz, updated_at timestamptz, expires_at timestamptz
+    event text, created_at timestamptz, updated_at timestamptz, expires_at timestamptz,
+    entries text
 );
 
 create function oncepay.commit_batch(
@@ -31,7 +32,7 @@ create function oncepay.commit_batch(
     e_accounts text[], e_amounts text[], e_sellers text[],
     l_put integer[], l_entry text[], l_transaction text[],
     -- reads
-    g_slot integer[], g_key text[], g_intent text[]
+    g_slot integer[], g_key text[], g_entries boolean[], g_intent text[]
 ) returns setof oncepay.answer
     language plpgsql volatile as $$
 declare
@@ -115,7 +116,8 @@ begin
                     when u.expect = 0 then 'exists'
                     else 'conflict' end,
                p.slot, p.key, p.status, p.version, p.buyer, p.currency, p.amount, p.amount_captured, p.amount_refunded,
-               p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at
+               p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at,
+               null
         from unnest(p_slot, p_key, p_expect) with ordinality u (slot, key, expect, n)
         left join oncepay.payments p on p.slot = u.slot and p.key = u.key and not u.n = any (done) and not u.n = any (moved);
     end if;
@@ -127,15 +129,21 @@ begin
                     then case when p.key is null then 'missing' else 'found' end
                     else 'moved' end,
                p.slot, p.key, p.status, p.version, p.buyer, p.currency, p.amount, p.amount_captured, p.amount_refunded,
-               p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at
-        from unnest(g_slot, g_key) with ordinality u (slot, key, n)
+               p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at,
+               case when u.entries then (
+                   select jsonb_agg(jsonb_build_object(
+                       'entry_id', e.entry_id, 'kind', e.kind, 'currency', e.currency, 'source', e.source,
+                       'accounts', e.accounts, 'amounts', e.amounts, 'sellers', e.sellers) order by e.created_at, e.entry_id)::text
+                   from oncepay.entries e where e.slot = p.slot and e.key = p.key) end
+        from unnest(g_slot, g_key, g_entries) with ordinality u (slot, key, entries, n)
         left join oncepay.payments p on p.slot = u.slot and p.key = u.key;
     end if;
     if cardinality(g_intent) > 0 then
         return query
         select 'intent', u.n::integer, 'found',
                p.slot, p.key, p.status, p.version, p.buyer, p.currency, p.amount, p.amount_captured, p.amount_refunded,
-               p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at
+               p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at,
+               null
         from unnest(g_intent) with ordinality u (intent, n)
         join oncepay.payments p on p.intent = u.intent
         where exists (select from oncepay.ranges r where p.slot between r.first and r.last);
