@@ -1,0 +1,5 @@
+"""`python -m aggregator`."""
+
+from aggregator.main import main
+
+main()

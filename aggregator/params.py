@@ -1,0 +1,99 @@
+"""What a request says in its path and query, checked; every complaint names the parameter."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Literal, get_args
+
+from aiohttp import web
+
+from aggregator import positions
+from aggregator.views import Interval
+from oncepay.cart import BUYER_LENGTH_MAX, SELLER_LENGTH_MAX
+from oncepay.errors import InvalidField
+from oncepay.money import exponent
+
+LIMIT_DEFAULT = 50
+LIMIT_MAX = 500
+
+
+class Query:
+    """The query's parameters: those that the call takes, each at most once. Raises InvalidField for others."""
+
+    def __init__(self, request: web.Request, *allowed: str) -> None:
+        query = request.query
+        takes = ("min_position", *allowed)
+        for name in query:
+            if name not in takes:
+                raise InvalidField(f"there is no parameter {name!r}; this call takes {', '.join(takes)}", field=name)
+            if len(query.getall(name)) > 1:
+                raise InvalidField("it may be given once", field=name)
+        self._query = query
+
+    def min_position(self) -> dict[str, int]:
+        """The positions that the answer has to be at or past."""
+        return positions.parse(self._query.get("min_position", ""))
+
+    def currency(self) -> str | None:
+        """A currency's code, None when it isn't given."""
+        code = self._query.get("currency")
+        if code is not None:
+            exponent(code)
+        return code
+
+    def needed_currency(self) -> str:
+        """A currency's code; amounts of two currencies can't be added up."""
+        code = self.currency()
+        if code is None:
+            raise InvalidField("say which currency: `?currency=usd`", field="currency")
+        return code
+
+    def days(self) -> tuple[dt.date | None, dt.date | None]:
+        """`from` and `to`: UTC days, both inclusive."""
+        first, last = self._day("from"), self._day("to")
+        if first is not None and last is not None and last < first:
+            raise InvalidField(f"it is before `from`, {first}", field="to")
+        return first, last
+
+    def _day(self, name: Literal["from", "to"]) -> dt.date | None:
+        text = self._query.get(name)
+        if text is None:
+            return None
+        try:
+            if len(text) != len("2026-01-31"):
+                raise ValueError
+            return dt.date.fromisoformat(text)
+        except ValueError:
+            raise InvalidField(f"{text!r} is not a day (UTC) like 2026-01-31", field=name) from None
+
+    def interval(self) -> Interval | None:
+        """How long a row is; None for the whole."""
+        text = self._query.get("interval")
+        if text is None:
+            return None
+        for interval in get_args(Interval):
+            if interval == text:
+                return interval  # type: ignore[no-any-return]
+        raise InvalidField(f"{text!r} is none of {', '.join(get_args(Interval))}", field="interval")
+
+    def limit(self) -> int:
+        """How many rows a page has at most."""
+        text = self._query.get("limit")
+        if text is None:
+            return LIMIT_DEFAULT
+        if not (text.isascii() and text.isdigit() and len(text) <= 6 and 1 <= int(text) <= LIMIT_MAX):
+            raise InvalidField(f"{text!r} is not a number from 1 to {LIMIT_MAX}", field="limit")
+        return int(text)
+
+    def cursor(self) -> str | None:
+        """Where the page begins, as an earlier page said."""
+        return self._query.get("cursor")
+
+
+def path_id(request: web.Request, name: Literal["seller", "buyer", "shard"]) -> str:
+    """An id in the path, decoded."""
+    value = request.match_info[name]
+    longest = BUYER_LENGTH_MAX if name == "buyer" else SELLER_LENGTH_MAX
+    if not value or len(value) > longest or not value.isprintable():
+        raise InvalidField(f"a {name}'s id has 1 to {longest} printable characters", field=name)
+    return value

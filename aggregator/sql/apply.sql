@@ -1,0 +1,88 @@
+-- Applying one batch of a feed: these run in this order, in one transaction. Every array is sorted by the table's key,
+-- so that two shards' batches that touch the same row never wait for each other in a ring.
+
+-- name: lock_watermark
+-- The shard's row, locked until the batch is in or refused.
+select incarnation, epoch, lsn from oncepay.watermarks where shard = $1 for update
+
+-- name: begin_watermark
+-- A shard never seen begins where its first batch does.
+insert into oncepay.watermarks (shard, incarnation, epoch, lsn) values ($1, $2, $3, $4) on conflict (shard) do nothing
+
+-- name: insert_entries
+-- Only an entry that wasn't here comes back, and only that one is added to the sums.
+insert into oncepay.entries (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, shard, lsn)
+select u.key, u.entry_id, u.slot, u.kind, u.currency, u.source, u.accounts::text[], u.amounts::bigint[], u.sellers::text[],
+       u.created_at, $1, u.lsn
+from unnest($2::text[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
+            $11::timestamptz[], $12::pg_lsn[])
+     u (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, lsn)
+on conflict (key, entry_id) do nothing
+returning key, entry_id
+
+-- name: differing_entries
+-- Entries that were here before, of another content: an entry never changes, so one of the two is wrong.
+select e.key, e.entry_id
+from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
+     u (key, entry_id, kind, currency, source, accounts, amounts, sellers)
+join oncepay.entries e on e.key = u.key and e.entry_id = u.entry_id
+where (e.kind, e.currency, e.source, e.accounts, e.amounts, e.sellers)
+    is distinct from (u.kind, u.currency, u.source, u.accounts::text[], u.amounts::bigint[], u.sellers::text[])
+
+-- name: insert_links
+insert into oncepay.balance_links (balance_transaction, key, entry_id, slot, created_at, shard, lsn)
+select u.balance_transaction, u.key, u.entry_id, u.slot, u.created_at, $1, u.lsn
+from unnest($2::text[], $3::text[], $4::text[], $5::integer[], $6::timestamptz[], $7::pg_lsn[])
+     u (balance_transaction, key, entry_id, slot, created_at, lsn)
+on conflict (balance_transaction, key, entry_id) do nothing
+
+-- name: upsert_payments
+-- The highest version stays. Null items and platform_fee, and an empty failure, are not known: what is here stays.
+insert into oncepay.payments as p (
+    key, slot, status, version, buyer, currency, amount, amount_captured, amount_refunded, payment_intent, items,
+    platform_fee, failure, created_at, updated_at, shard, lsn)
+select u.key, u.slot, u.status, u.version, u.buyer, u.currency, u.amount, u.captured, u.refunded, u.intent, u.items,
+       u.fee, u.failure, u.created_at, u.updated_at, $1, u.lsn
+from unnest($2::text[], $3::integer[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::bigint[], $9::bigint[],
+            $10::bigint[], $11::text[], $12::text[], $13::bigint[], $14::text[], $15::timestamptz[], $16::timestamptz[],
+            $17::pg_lsn[])
+     u (key, slot, status, version, buyer, currency, amount, captured, refunded, intent, items, fee, failure, created_at,
+        updated_at, lsn)
+on conflict (key) do update set
+    status = excluded.status, version = excluded.version, amount_captured = excluded.amount_captured,
+    amount_refunded = excluded.amount_refunded, payment_intent = excluded.payment_intent,
+    items = coalesce(excluded.items, p.items), platform_fee = coalesce(excluded.platform_fee, p.platform_fee),
+    failure = case when excluded.failure = '' then p.failure else excluded.failure end,
+    updated_at = excluded.updated_at, shard = excluded.shard, lsn = excluded.lsn
+where excluded.version > p.version
+
+-- name: fill_terms
+-- An older version that came later may be the one that brings the terms, which never change.
+update oncepay.payments p set items = u.items, platform_fee = u.fee
+from unnest($1::text[], $2::text[], $3::bigint[]) u (key, items, fee)
+where p.key = u.key and p.items is null and u.items is not null
+
+-- name: add_seller_days
+insert into oncepay.seller_days as d (seller, currency, day, shard, payments, gross, refunded, disputed, fees, net)
+select u.seller, u.currency, u.day, $1, u.payments, u.gross, u.refunded, u.disputed, u.fees,
+       u.gross - u.refunded - u.disputed - u.fees
+from unnest($2::text[], $3::text[], $4::date[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[])
+     u (seller, currency, day, payments, gross, refunded, disputed, fees)
+on conflict (seller, currency, day, shard) do update set
+    payments = d.payments + excluded.payments, gross = d.gross + excluded.gross, refunded = d.refunded + excluded.refunded,
+    disputed = d.disputed + excluded.disputed, fees = d.fees + excluded.fees, net = d.net + excluded.net
+
+-- name: add_account_totals
+insert into oncepay.account_totals as t (account, currency, shard, debit, credit)
+select u.account, u.currency, $1, u.debit, u.credit
+from unnest($2::text[], $3::text[], $4::numeric[], $5::numeric[]) u (account, currency, debit, credit)
+on conflict (account, currency, shard) do update set debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
+
+-- name: add_kind_totals
+insert into oncepay.kind_totals as t (kind, currency, shard, entries, amount)
+select u.kind, u.currency, $1, u.entries, u.amount
+from unnest($2::text[], $3::text[], $4::bigint[], $5::numeric[]) u (kind, currency, entries, amount)
+on conflict (kind, currency, shard) do update set entries = t.entries + excluded.entries, amount = t.amount + excluded.amount
+
+-- name: move_watermark
+update oncepay.watermarks set lsn = $2, epoch = $3, applied_at = clock_timestamp() where shard = $1

@@ -1,0 +1,149 @@
+"""What the aggregator's API answers: its types are the API document's schemas."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Literal
+
+import msgspec
+
+Interval = Literal["day", "week", "month"]
+Positions = dict[str, str]
+"""How far each shard's feed is in the answer: shard → log position as Postgres writes it (`X/Y`)."""
+
+
+class RevenueRow(msgspec.Struct, frozen=True, rename={"from_": "from"}):
+    """Revenue from the day `from` on, in minor units. net = gross - refunded - disputed - fees."""
+
+    from_: dt.date
+    payments: int
+    gross: int
+    refunded: int
+    disputed: int
+    fees: int
+    net: int
+
+
+class Revenue(msgspec.Struct, frozen=True):
+    """A seller's revenue. Without an interval there is one row for the whole (none when nothing was ever sold)."""
+
+    seller: str
+    currency: str
+    interval: Interval | None
+    rows: list[RevenueRow]
+    positions: Positions
+
+
+class Balance(msgspec.Struct, frozen=True):
+    """What a seller is owed in one currency: credited less debited, in minor units; it may be negative."""
+
+    currency: str
+    balance: int
+    credited: int
+    debited: int
+
+
+class SellerBalance(msgspec.Struct, frozen=True):
+    """A seller's balances, one a currency."""
+
+    seller: str
+    balances: list[Balance]
+    positions: Positions
+
+
+class OrderItem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of a cart; `amount` is the price of one unit in minor units."""
+
+    seller: str
+    amount: int
+    quantity: int = 1
+    description: str = ""
+
+
+class OrderFailure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why the last attempt didn't pay."""
+
+    code: str
+    message: str = ""
+    decline_code: str = ""
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """A payment, as the router shows it (without its client secret)."""
+
+    key: str
+    status: str
+    buyer: str
+    currency: str
+    amount: int
+    amount_captured: int
+    amount_refunded: int
+    items: list[OrderItem]
+    platform_fee: int
+    payment_intent: str | None
+    failure: OrderFailure | msgspec.UnsetType = msgspec.UNSET
+    created_at: dt.datetime
+    updated_at: dt.datetime
+    version: int
+
+
+class Orders(msgspec.Struct, frozen=True):
+    """A page of a buyer's payments, newest first. `cursor` gives the next page; null on the last one."""
+
+    buyer: str
+    orders: list[Order]
+    cursor: str | None
+    positions: Positions
+
+
+class SellerSum(msgspec.Struct, frozen=True):
+    """One seller's sums of all time, in minor units of `currency`."""
+
+    seller: str
+    currency: str
+    payments: int
+    gross: int
+    fees: int
+    net: int
+
+
+class Sellers(msgspec.Struct, frozen=True):
+    """The sellers with the most gross, in each currency's minor units."""
+
+    sellers: list[SellerSum]
+    positions: Positions
+
+
+class CurrencyTotal(msgspec.Struct, frozen=True):
+    """What came in and where it went, in minor units: `money_in` by payments, `owed` to all sellers together."""
+
+    currency: str
+    payments: int
+    money_in: int
+    platform_fees: int
+    stripe_fees: int
+    owed: int
+
+
+class AccountSum(msgspec.Struct, frozen=True):
+    """An account's debits and credits; `balance` is debit less credit. `seller:*:payable` is all sellers' together."""
+
+    account: str
+    currency: str
+    debit: int
+    credit: int
+    balance: int
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """The books as a whole."""
+
+    currencies: list[CurrencyTotal]
+    accounts: list[AccountSum]
+    positions: Positions
+
+
+class PositionsView(msgspec.Struct, frozen=True):
+    """How far each shard's feed is applied."""
+
+    positions: Positions
