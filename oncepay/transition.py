@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from oncepay.cart import shares_of_part
-from oncepay.errors import OncepayError, WrongState
+from oncepay.errors import OncepayError, PredecessorNotOver, WrongState
 from oncepay.ledger import BalanceLink, Entry, exchange_entries, payment_entry, stripe_fee_entry
 from oncepay.payment import TERMINAL, Charge, Failure, GiveUpReason, IntentView, Payment, Status
 
@@ -59,7 +59,13 @@ class GiveUp(msgspec.Struct, frozen=True, tag=True):
     reason: GiveUpReason
 
 
-Event = IntentCreated | AttemptStarted | AttemptDeclined | IntentSeen | GiveUp
+class SuccessorNamed(msgspec.Struct, frozen=True, tag=True):
+    """The payment is over, and `key` tries again in its place."""
+
+    key: str
+
+
+Event = IntentCreated | AttemptStarted | AttemptDeclined | IntentSeen | GiveUp | SuccessorNamed
 
 
 class Moved(NamedTuple):
@@ -136,6 +142,17 @@ def _give_up(payment: Payment, event: GiveUp) -> Moved:
     if not payment.intent:
         return Moved(replace(payment, status=_given_up_status(event.reason, progress.failure), progress=progress))
     return Moved(replace(payment, status=Status.CANCELING, progress=progress))
+
+
+def _successor_named(payment: Payment, event: SuccessorNamed) -> Moved:
+    named = payment.progress.successor
+    if named == event.key:
+        return Moved(payment)
+    if named:
+        raise PredecessorNotOver(f"{payment.key} already has a successor", field="after")
+    if payment.status not in {Status.FAILED, Status.CANCELED}:
+        raise PredecessorNotOver(f"{payment.key} is {payment.status}", field="after")
+    return Moved(replace(payment, progress=replace(payment.progress, successor=event.key)))
 
 
 def _given_up_status(reason: str, failure: Failure | None) -> Status:
@@ -224,6 +241,7 @@ _HANDLERS: dict[type, Callable[[Payment, Any], Moved]] = {
     AttemptDeclined: _attempt_declined,
     IntentSeen: _intent_seen,
     GiveUp: _give_up,
+    SuccessorNamed: _successor_named,
 }
 
 __all__ = [
@@ -236,5 +254,6 @@ __all__ = [
     "IntentCreated",
     "IntentSeen",
     "Moved",
+    "SuccessorNamed",
     "move",
 ]

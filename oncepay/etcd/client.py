@@ -200,6 +200,8 @@ class Etcd:
             return await call(request, timeout=max(deadline - time.monotonic(), 0.1), metadata=METADATA)
         except rpc.AioRpcError as error:
             details = error.details() or ""
+            if error.code() is rpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise EtcdUnavailable(f"{member.endpoint}: {details}") from error
             if error.code() not in _MOVE_ON:
                 raise _refused(error) from error
             self.members.failed(member)

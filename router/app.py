@@ -1,0 +1,68 @@
+"""The router: the public API of payments, and the webhooks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from oncepay.driver import Driver
+from oncepay.errors import EtcdUnavailable, ShardUnavailable
+from oncepay.service import Service, run
+from oncepay.stripe_client import StripeGateway
+from router.inflight import InFlight
+from router.macs import Macs
+from router.openapi import document
+from router.payments import PaymentCalls
+from router.webhooks import Secrets, StripeWebhooks
+from shard.store.store import Shards
+
+STOP_S = 8.0
+
+
+@asynccontextmanager
+async def start(service: Service) -> AsyncIterator[None]:
+    """Register the calls, then watch etcd in the background until the store is ready."""
+    settings = service.settings
+    store = Shards(service.etcd, settings, role="oncepay_router", password=settings.postgres.router_password, actor=service.name)
+    macs = Macs(service.etcd)
+    in_flight = InFlight(store)
+    async with StripeGateway(settings.stripe) as stripe:
+        driver = Driver(store, stripe, in_flight.moved)
+        payments = PaymentCalls(settings, store, driver, in_flight, macs)
+        webhooks = StripeWebhooks(store, driver, Secrets(settings.stripe.webhook_secret_files))
+        service.route("POST", "/v1/payments", payments.submit, scope="pay")
+        service.route("GET", "/v1/payments/{key}", payments.show, scope="read")
+        service.route("POST", "/v1/payments/{key}/confirm", payments.confirm, scope="pay")
+        service.route("POST", "/v1/payments/{key}/cancel", payments.cancel, scope="pay")
+        service.route("POST", "/v1/webhooks/stripe", webhooks.receive)
+        service.openapi(document())
+
+        async def store_ready() -> None:
+            if not store.maps.known:
+                raise EtcdUnavailable("the shard map has not been read yet")
+            for shard in store.maps.current.shards():
+                if store.leaders.current(shard) is None:
+                    raise ShardUnavailable(f"shard {shard} has no leader")
+
+        service.check("store", store_ready)
+        service.spawn(_watch(store), "watch")
+        macs.start()
+        yield
+        await in_flight.stop(STOP_S)
+        await store.stop()
+        await macs.stop()
+
+
+async def _watch(store: Shards) -> None:
+    """Wait for etcd as long as it takes: the readiness check tells meanwhile."""
+    while True:
+        try:
+            await store.start(timeout_s=60)
+        except EtcdUnavailable:
+            continue
+        return
+
+
+def main() -> None:
+    """The process' entry."""
+    run(start, kind="router", description="The public API of payments.")

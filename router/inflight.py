@@ -1,0 +1,100 @@
+"""The payments that this process is driving, and the callers that wait for one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from prometheus_client import Gauge
+
+from oncepay.driver import Driver
+from oncepay.errors import OncepayError, TooBusy
+from oncepay.logs import get_logger
+from oncepay.payment import Payment
+from oncepay.ports import PaymentStore
+
+DRIVES_MAX = 10_000
+"""Payments in flight in one process; more are refused with TooBusy before anything is written."""
+LOOK_AGAIN_S = 1.0
+"""How often a waiting caller's payment is read again, in case another process moved it."""
+
+_log = get_logger("inflight")
+
+IN_FLIGHT = Gauge("oncepay_router_in_flight", "Payments that this process is driving.")
+
+
+class InFlight:
+    """Drives in the background; whoever waits hears of each move at once."""
+
+    def __init__(self, store: PaymentStore) -> None:
+        self._store = store
+        self._drives: dict[str, asyncio.Task[None]] = {}
+        self._next: dict[str, tuple[Driver, Payment]] = {}
+        self._stopping = False
+        self._waiting: dict[str, set[asyncio.Future[Payment]]] = {}
+
+    def check_room(self) -> None:
+        """Raises TooBusy when as many payments are in flight as may be."""
+        if len(self._drives) >= DRIVES_MAX:
+            raise TooBusy(f"{DRIVES_MAX} payments are in flight")
+
+    def moved(self, payment: Payment) -> None:
+        """Tell those who wait for this payment."""
+        for future in self._waiting.get(payment.key, ()):
+            if not future.done():
+                future.set_result(payment)
+
+    def drive(self, driver: Driver, payment: Payment) -> None:
+        """Drive the payment in the background; when this process does so already, once more after that."""
+        key = payment.key
+        if key in self._drives:
+            self._next[key] = (driver, payment)
+            return
+        self._drives[key] = asyncio.create_task(self._run(driver, payment))
+        IN_FLIGHT.set(len(self._drives))
+
+    async def _run(self, driver: Driver, payment: Payment) -> None:
+        key = payment.key
+        try:
+            self.moved(await driver.drive(payment))
+        except OncepayError as error:  # the row says where the worker goes on
+            _log.warning("left to the worker", key=key, problem=error.slug, error=str(error))
+        except Exception:
+            _log.exception("drive failed", key=key)
+        finally:
+            del self._drives[key]
+            IN_FLIGHT.set(len(self._drives))
+            if (again := self._next.pop(key, None)) is not None and not self._stopping:
+                self.drive(*again)
+
+    async def wait(self, payment: Payment, timeout_s: float) -> Payment:
+        """The payment once it is settled or waits for the buyer or the merchant, else as it is after `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        while not payment.settled and (left_s := deadline_s - time.monotonic()) > 0:
+            future: asyncio.Future[Payment] = asyncio.get_running_loop().create_future()
+            waiting = self._waiting.setdefault(payment.key, set())
+            waiting.add(future)
+            try:
+                payment = await asyncio.wait_for(future, min(left_s, LOOK_AGAIN_S))
+            except TimeoutError:
+                payment = await self._read(payment)
+            finally:
+                waiting.discard(future)
+                if not waiting:
+                    self._waiting.pop(payment.key, None)
+        return payment
+
+    async def _read(self, payment: Payment) -> Payment:
+        """The row as it is now; a shard that is away for a moment only means a later look."""
+        try:
+            return await self._store.get(payment.key) or payment
+        except OncepayError:
+            return payment
+
+    async def stop(self, timeout_s: float) -> None:
+        """Let the drives in flight end, at most `timeout_s`; what is left the worker drives on."""
+        self._stopping = True
+        if self._drives:
+            await asyncio.wait(list(self._drives.values()), timeout=timeout_s)
+        for task in list(self._drives.values()):
+            task.cancel()

@@ -1,0 +1,133 @@
+"""The payments API: accept, show, confirm with another card, cancel."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+from aiohttp import web
+from prometheus_client import Counter
+
+from oncepay.driver import Driver
+from oncepay.errors import InvalidKey, KeyReused, NotFound, PredecessorNotOver
+from oncepay.keys import origin, parse_key
+from oncepay.payment import Key, Payment
+from oncepay.service import json_response
+from oncepay.settings import Settings
+from oncepay.transition import AttemptStarted, GiveUp, SuccessorNamed
+from oncepay.web import decode
+from router.bodies import ConfirmBody, PaymentBody, check_payment_method, fingerprint_of, new_payment
+from router.inflight import InFlight
+from router.macs import Macs
+from router.views import payment_view
+from shard.store.store import Shards
+
+WAIT_DEFAULT_S = 10.0
+WAIT_MAX_S = 60.0
+_WAIT = re.compile(r"(?:^|[,;\s])wait=(\d+(?:\.\d+)?)")
+
+ACCEPTED = Counter("oncepay_router_payments_total", "Calls that submit a payment.", ["outcome"])
+
+
+def wait_s(request: web.Request) -> float:
+    """How long the caller's `Prefer: wait=<seconds>` lets settlement take (RFC 7240), at most WAIT_MAX_S."""
+    match = _WAIT.search(request.headers.get("Prefer", ""))
+    return min(float(match[1]), WAIT_MAX_S) if match else WAIT_DEFAULT_S
+
+
+class PaymentCalls:
+    """The handlers of /v1/payments."""
+
+    def __init__(self, settings: Settings, store: Shards, driver: Driver, in_flight: InFlight, macs: Macs) -> None:
+        self._settings = settings
+        self._store = store
+        self._driver = driver
+        self._in_flight = in_flight
+        self._macs = macs
+
+    async def submit(self, request: web.Request) -> web.Response:
+        """POST /v1/payments: one key, at most one charge."""
+        key = Key(parse_key(request.headers.get("Idempotency-Key")))
+        source = origin(key, self._macs.secrets())
+        if source == "client" and not self._settings.client_keys:
+            raise InvalidKey("this deployment takes keys of its key service only")
+        body = await decode(request, PaymentBody)
+        payment = new_payment(key, body, self._settings)
+        self._in_flight.check_room()
+        if source == "unproven":
+            found = await self._store.get(key)
+            if found is None:
+                raise InvalidKey("this key was not issued here")
+            return await self._replay(request, found, body)
+        if body.after:
+            await self._name_successor(body.after, key)
+        row, created = await self._store.accept(payment)
+        if not created:
+            return await self._replay(request, row, body)
+        ACCEPTED.labels("accepted").inc()
+        self._in_flight.drive(self._driver, row)
+        return await self._answer(request, row, created=True)
+
+    async def _replay(self, request: web.Request, row: Payment, body: PaymentBody) -> web.Response:
+        if row.fingerprint != fingerprint_of(body):
+            ACCEPTED.labels("key_reused").inc()
+            raise KeyReused(f"{row.key} names a payment of {row.amount} {row.currency} with other fields")
+        ACCEPTED.labels("replayed").inc()
+        return await self._answer(request, row, created=False)
+
+    async def _answer(self, request: web.Request, row: Payment, *, created: bool) -> web.Response:
+        row = await self._in_flight.wait(row, wait_s(request))
+        headers = {} if created else {"Idempotent-Replayed": "true"}
+        if not row.settled:
+            headers["Location"] = _location(row.key)
+            return json_response(payment_view(row), 202, headers)
+        return json_response(payment_view(row), 201 if created else 200, headers)
+
+    async def _name_successor(self, after: str, key: Key) -> None:
+        """Committed before the new row: a payment that failed has one successor at most."""
+        before = await self._store.get(after)
+        if before is None:
+            raise PredecessorNotOver(f"there is no payment {after}", field="after")
+        await self._store.apply(before, SuccessorNamed(key), event="successor named")
+
+    async def show(self, request: web.Request) -> web.Response:
+        """GET /v1/payments/{key}: the payment with its entries, behind the barrier."""
+        found = await self._store.get_with_entries(request.match_info["key"])
+        if found is None:
+            raise NotFound(f"there is no payment {request.match_info['key']}")
+        payment, entries = found
+        return json_response(payment_view(payment, entries), headers={"ETag": f'"{payment.version}"'})
+
+    async def confirm(self, request: web.Request) -> web.Response:
+        """POST /v1/payments/{key}/confirm: another payment method on the same payment."""
+        body = await decode(request, ConfirmBody)
+        check_payment_method(body.payment_method)
+        payment = await self._row(request)
+        started = AttemptStarted(payment.progress.attempt + 1, body.payment_method)
+        payment = await self._store.apply(payment, started, event=f"attempt {started.number}")
+        self._in_flight.drive(self._driver, payment)
+        return await self._state(request, payment)
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """POST /v1/payments/{key}/cancel: give the payment up; if it turns out to have been paid, that is the outcome."""
+        payment = await self._row(request)
+        payment = await self._store.apply(payment, GiveUp("requested"), event="cancel requested")
+        self._in_flight.drive(self._driver, payment)
+        return await self._state(request, payment)
+
+    async def _row(self, request: web.Request) -> Payment:
+        key = request.match_info["key"]
+        payment = await self._store.get(key)
+        if payment is None:
+            raise NotFound(f"there is no payment {key}")
+        return payment
+
+    async def _state(self, request: web.Request, payment: Payment) -> web.Response:
+        payment = await self._in_flight.wait(payment, wait_s(request))
+        headers = {} if payment.settled else {"Location": _location(payment.key)}
+        return json_response(payment_view(payment), 200 if payment.settled else 202, headers)
+
+
+def _location(key: str) -> str:
+
+    return f"/v1/payments/{quote(key, safe='')}"

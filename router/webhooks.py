@@ -1,0 +1,123 @@
+"""Stripe's webhooks. An event is answered 2xx only after its effect is committed, and nothing is remembered of one that
+failed, so that the next delivery is handled like the first.
+
+Only `succeeded` and `canceled` are taken at their word: they are terminal at Stripe. Every other event is a reason to look.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+import stripe
+from aiohttp import web
+from prometheus_client import Counter
+
+from oncepay.driver import Driver
+from oncepay.errors import BadSignature, MalformedBody, Unavailable
+from oncepay.logs import get_logger
+from oncepay.payment import Payment
+from oncepay.service import json_response
+from oncepay.stripe_objects import EventObject, IntentObject, ObjectHead
+from shard.store.store import Shards
+
+TOLERANCE_S = 300
+SECRETS_AGE_S = 5.0
+
+_TERMINAL = frozenset({"payment_intent.succeeded", "payment_intent.canceled"})
+_LOOK = frozenset(
+    {
+        "payment_intent.payment_failed",
+        "payment_intent.processing",
+        "payment_intent.requires_action",
+        "payment_intent.amount_capturable_updated",
+        "charge.failed",
+        "charge.captured",
+        "charge.updated",
+    }
+)
+"""Events after which the intent is retrieved, when the row still has open work."""
+
+_log = get_logger("webhooks")
+
+EVENTS = Counter("oncepay_router_webhooks_total", "Webhook events of Stripe's.", ["type", "outcome"])
+
+
+class Secrets:
+    """The endpoint's signing secrets, one a file (several while one is rolled), read again when they are old."""
+
+    def __init__(self, files: tuple[str, ...]) -> None:
+        self._files = [Path(name) for name in files]
+        self._read_at_s = float("-inf")
+        self._secrets: list[str] = []
+
+    def current(self) -> list[str]:
+        """The secrets as they are in the files."""
+        if time.monotonic() - self._read_at_s > SECRETS_AGE_S:
+            self._secrets = [text for file in self._files if file.exists() for text in file.read_text().split()]
+            self._read_at_s = time.monotonic()
+        return self._secrets
+
+
+class StripeWebhooks:
+    """The handler of /v1/webhooks/stripe."""
+
+    def __init__(self, store: Shards, driver: Driver, secrets: Secrets) -> None:
+        self._store = store
+        self._driver = driver
+        self._secrets = secrets
+
+    async def receive(self, request: web.Request) -> web.Response:
+        """POST /v1/webhooks/stripe: check the signature over the raw body, commit the effect, answer."""
+        body = await request.read()
+        self._check(body, request.headers.get("Stripe-Signature", ""))
+        try:
+            event = msgspec.json.decode(body, type=EventObject)
+        except msgspec.DecodeError as error:
+            raise MalformedBody(f"not an event: {error}") from None
+        known = event.type in _TERMINAL or event.type in _LOOK
+        outcome = await self._handle(event) if known else "ignored"
+        EVENTS.labels(event.type if known else "other", outcome).inc()
+        return json_response({"received": True, "outcome": outcome})
+
+    def _check(self, body: bytes, header: str) -> None:
+        secrets = self._secrets.current()
+        if not secrets:
+            raise Unavailable("no webhook secret is set, so no event can be checked")
+        text = body.decode("utf-8", "replace")
+        for secret in secrets:
+            try:
+                stripe.WebhookSignature.verify_header(text, header, secret, TOLERANCE_S)
+            except stripe.SignatureVerificationError:
+                continue
+            return
+        EVENTS.labels("unknown", "bad_signature").inc()
+        raise BadSignature("none of the secrets matches, or the event is older than five minutes")
+
+    async def _handle(self, event: EventObject) -> str:
+        """Commit what the event says; the outcome's name."""
+        head = msgspec.json.decode(event.data.object, type=ObjectHead)
+        intent = head.id if head.object == "payment_intent" else head.payment_intent or ""
+        payment = await self._find(head, intent)
+        if payment is None:
+            return "foreign"  # another system's on this account, or made before its row's id was committed
+        if payment.intent != intent:
+            return "orphan"
+        if not payment.open_work:
+            return "known"
+        if event.type in _TERMINAL:
+            view = msgspec.json.decode(event.data.object, type=IntentObject).view()
+            await self._driver.see(payment, view, event.type)
+            return "applied"
+        if head.object == "charge" and head.id in payment.progress.finished_charges:
+            return "known"
+        await self._driver.look(payment.key, event.type)
+        return "looked"
+
+    async def _find(self, head: ObjectHead, intent: str) -> Payment | None:
+        """By the key in the metadata; an event that brings none, by its intent, on all shards."""
+        key = (head.metadata or {}).get("oncepay_key", "")
+        if key:
+            return await self._store.get(key)
+        return await self._store.by_intent(intent) if intent else None
