@@ -1,0 +1,118 @@
+"""From the plugin's messages to whole transactions, with their rows as the feed carries them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from oncepay.feed import EntryRow, LinkRow, PaymentRow
+from shard.worker.pgoutput import Begin, Commit, Decoder, Insert, MalformedMessage, Message, Row, Update
+
+MESSAGE_PREFIX = "oncepay"
+ROW_BYTES = 200
+"""What a row costs in memory beside its text, about."""
+
+_PAYMENT_COLUMNS = (
+    "slot", "key", "status", "version", "buyer", "currency", "amount", "amount_captured", "amount_refunded", "intent",
+)  # fmt: skip
+_MOMENTS = ("created_at", "updated_at", "expires_at")
+_ENTRY_COLUMNS = ("slot", "key", "entry_id", "kind", "currency", "source", "accounts", "amounts", "sellers", "created_at")
+_LINK_COLUMNS = ("slot", "key", "entry_id", "balance_transaction", "created_at")
+PAYMENTS, ENTRIES, LINKS = "oncepay.payments", "oncepay.entries", "oncepay.balance_links"
+WANTED = {
+    PAYMENTS: frozenset((*_PAYMENT_COLUMNS, "terms", "progress", *_MOMENTS)),
+    ENTRIES: frozenset(_ENTRY_COLUMNS),
+    LINKS: frozenset(_LINK_COLUMNS),
+}
+
+
+class Transaction(msgspec.Struct):
+    """A committed transaction. `end_lsn` is the position after its commit record; `nonces` are its messages' texts."""
+
+    end_lsn: int
+    committed_at_ms: int
+    payments: list[PaymentRow]
+    entries: list[EntryRow]
+    links: list[LinkRow]
+    nonces: list[str]
+    size_bytes: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows it changed."""
+        return len(self.payments) + len(self.entries) + len(self.links)
+
+
+class Assembler:
+    """Takes the messages of one replication connection, gives back a transaction at each commit."""
+
+    def __init__(self) -> None:
+        self._decoder = Decoder(WANTED)
+        self._began: Begin | None = None
+        self._rows: dict[str, list[Row]] = {PAYMENTS: [], ENTRIES: [], LINKS: []}
+        self._nonces: list[str] = []
+        self._size_bytes = 0
+
+    def feed(self, payload: bytes) -> Transaction | None:
+        """One message. Raises MalformedMessage when it can't be decoded or doesn't belong here."""
+        message = self._decoder.decode(payload)
+        kind = type(message)
+        if kind is Insert or kind is Update:
+            rows = self._rows.get(message.table)  # type: ignore[union-attr]
+            if rows is not None:
+                if self._began is None:
+                    raise MalformedMessage("a change outside of a transaction")
+                rows.append(message.row)  # type: ignore[union-attr]
+                self._size_bytes += len(payload) + ROW_BYTES
+        elif kind is Begin:
+            self._start(message)  # type: ignore[arg-type]
+        elif kind is Message:
+            if message.prefix == MESSAGE_PREFIX and message.transactional:  # type: ignore[union-attr]
+                self._nonces.append(message.content.decode(errors="replace"))  # type: ignore[union-attr]
+        elif kind is Commit:
+            return self._finish(message)  # type: ignore[arg-type]
+        return None
+
+    def _start(self, begin: Begin) -> None:
+        if self._began is not None:
+            raise MalformedMessage("a transaction within a transaction")
+        self._began = begin
+        self._rows = {PAYMENTS: [], ENTRIES: [], LINKS: []}
+        self._nonces = []
+        self._size_bytes = ROW_BYTES
+
+    def _finish(self, commit: Commit) -> Transaction:
+        if self._began is None or self._began.commit_lsn != commit.commit_lsn:
+            raise MalformedMessage("a commit without its begin")
+        self._began = None
+        lsn, at_ms = commit.end_lsn, commit.committed_at_us // 1000
+        rows = self._rows
+        try:
+            return Transaction(
+                lsn,
+                at_ms,
+                [_payment(lsn, at_ms, row) for row in rows[PAYMENTS]],
+                [_entry(lsn, at_ms, row) for row in rows[ENTRIES]],
+                [_link(lsn, at_ms, row) for row in rows[LINKS]],
+                self._nonces,
+                self._size_bytes,
+            )
+        except (KeyError, TypeError) as error:
+            raise MalformedMessage(f"a row lacks a column that the feed needs: {error!r}") from error
+
+
+def _payment(lsn: int, at_ms: int, row: dict[str, Any]) -> PaymentRow:
+    values = [lsn, at_ms, *(row[name] for name in _PAYMENT_COLUMNS), row.get("terms"), row.get("progress")]
+    return PaymentRow(*values, *(row[name] for name in _MOMENTS))
+
+
+def _entry(lsn: int, at_ms: int, row: dict[str, Any]) -> EntryRow:
+    slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at = (row[name] for name in _ENTRY_COLUMNS)
+    return EntryRow(
+        lsn, at_ms, slot, key, entry_id, kind, currency, source, tuple(accounts), tuple(amounts), tuple(sellers), created_at
+    )
+
+
+def _link(lsn: int, at_ms: int, row: dict[str, Any]) -> LinkRow:
+    return LinkRow(lsn, at_ms, *(row[name] for name in _LINK_COLUMNS))
