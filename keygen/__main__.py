@@ -1,0 +1,5 @@
+"""`python -m keygen`."""
+
+from keygen.service import main
+
+main()

@@ -1,0 +1,221 @@
+"""The pool as a replica runs it: demand on one side, blocks on the other, and keys made ready in between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+
+from keygen.blocks import Blocks
+from keygen.reserve import Reserve
+from oncepay.errors import NoKeys, OncepayError
+from oncepay.keys import MacSecrets
+from oncepay.logs import get_logger
+
+AHEAD_S = 300.0
+"""Keys for so long, at the recent rate, are persisted as this replica's own: what an outage of etcd is bridged with."""
+AHEAD_LEAST = 1 << 16
+AHEAD_MOST = 1 << 24
+LOW_S = 30.0
+"""Below keys for so long, while etcd is away, the replica calls itself not ready."""
+LOW_LEAST = 16_384
+READY_S = 0.5
+READY_LEAST = 1_000
+READY_MOST = 40_000
+READY_CHUNK = 500
+FREE_BLOCKS = 2
+GRANTS_A_ROUND = 64
+TICK_S = 1.0
+RATE_SPAN_S = 30.0
+WAIT_S = 2.0
+STALE_S = 5.0
+WAITERS = 1_000
+
+_log = get_logger("keygen")
+
+
+class PoolState(msgspec.Struct, frozen=True):
+    """What GET /v1/keys/pool tells. Counts of keys, but for `blocks_*` and `replicas`."""
+
+    blocks_free: int
+    blocks_held: int
+    blocks_used_up: int
+    keys_left: int
+    replicas: list[str]
+    replica: str
+    available: int
+    ready: int
+    rate_per_s: float
+    available_s: float | None
+    etcd_away_s: float
+
+
+class Pool:
+    """Issues keys; `run` keeps it supplied."""
+
+    def __init__(self, blocks: Blocks, *, ahead_s: float = AHEAD_S) -> None:
+        self.blocks = blocks
+        self.issued = 0
+        self.rate_per_s = 0.0
+        self._ahead_s = ahead_s
+        self._reserve = Reserve()
+        self._secrets: MacSecrets | None = None
+        self._wake = asyncio.Event()
+        self._supplied = asyncio.Event()
+        self._waiting = 0
+        self._wanted = 0
+        self._low = AHEAD_LEAST // 2
+        self._failing_since: float | None = None
+        self._counted_at = time.monotonic()
+        self._counted = 0
+
+    # Demand
+
+    @property
+    def available(self) -> int:
+        """How many keys can be issued without etcd."""
+        return self._reserve.available if self._secrets is not None else 0
+
+    def take(self, count: int) -> list[str] | None:
+        """`count` keys at once, or None when they aren't there: then `wait` for them."""
+        if self._secrets is None or self._reserve.available < count:
+            return None
+        keys = self._reserve.take(count, self._secrets)
+        self.issued += count
+        if self._reserve.available < self._low or self._reserve.ready < READY_LEAST // 2:
+            self._wake.set()
+        return keys
+
+    async def wait(self, count: int) -> list[str]:
+        """`count` keys, after up to WAIT_S; then NoKeys."""
+        if self._waiting >= WAITERS:
+            raise NoKeys("too many are waiting for keys already")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(WAIT_S):
+                while (keys := self.take(count)) is None:
+                    self._wanted = max(self._wanted, count)
+                    self._supplied.clear()
+                    self._wake.set()
+                    await self._supplied.wait()
+                return keys
+        except TimeoutError:
+            raise NoKeys(f"{self.available} keys are left, {count} were asked for") from None
+        finally:
+            self._waiting -= 1
+
+    # Supply
+
+    async def run(self) -> None:
+        """Keep the reserve, the pool in etcd and the ready keys topped up, until cancelled."""
+        self.blocks.mirror.start()
+        next_round_at = 0.0
+        try:
+            while True:
+                if time.monotonic() >= next_round_at or self.available < self._low or self._wanted:
+                    await self._round()
+                    next_round_at = time.monotonic() + TICK_S
+                if self._make_ready():
+                    await asyncio.sleep(0)
+                    continue
+                self._wake.clear()
+                try:
+                    await asyncio.wait_for(self._wake.wait(), TICK_S)
+                except TimeoutError:
+                    pass
+        finally:
+            await self.blocks.mirror.stop()
+            await self.blocks.leave()
+
+    async def _round(self) -> None:
+        """One look at everything that needs etcd; what fails is tried again in the next round."""
+        self._measure()
+        try:
+            await self.blocks.mirror.wait_synced(TICK_S)
+            await self.blocks.register()
+            await self.blocks.ensure_secrets()
+            self._secrets = self.blocks.secrets() or self._secrets
+            await self._refill()
+            if len(self.blocks.free()) < FREE_BLOCKS:
+                await self.blocks.add_free_block()
+            await self.blocks.tidy()
+        except OncepayError as error:
+            if self._failing_since is None:
+                self._failing_since = time.monotonic()
+                _log.warning("pool can't be kept up", reason=str(error), available=self.available)
+        else:
+            if self._failing_since is not None:
+                _log.info("pool is kept up again", after_s=round(time.monotonic() - self._failing_since, 1))
+                self._failing_since = None
+
+    async def _refill(self) -> None:
+        """Raise watermarks until the reserve is `_ahead_s` seconds deep again, when it has sunk below half of that."""
+        depth = min(max(int(self.rate_per_s * self._ahead_s), AHEAD_LEAST), AHEAD_MOST)
+        self._low = depth // 2
+        least = max(self._low, self._wanted)
+        for _ in range(GRANTS_A_ROUND):
+            if self._reserve.available >= least:
+                break
+            least = depth
+            grant = await self.blocks.grant(max(depth, self._wanted) - self._reserve.available)
+            if grant is not None:
+                self._reserve.add(grant.seed, grant.first, grant.end)
+                self._supplied.set()
+        self._wanted = 0
+        self._supplied.set()
+
+    def _make_ready(self) -> bool:
+        """Make a slice of keys, so short that no request is held up; whether there are more to make."""
+        if self._secrets is None:
+            return False
+        aim = min(max(int(self.rate_per_s * READY_S), READY_LEAST), READY_MOST, self._reserve.available)
+        self._reserve.make_ready(min(aim - self._reserve.ready, READY_CHUNK), self._secrets)
+        return self._reserve.ready < aim
+
+    def _measure(self) -> None:
+        now = time.monotonic()
+        span_s = now - self._counted_at
+        if span_s < TICK_S / 2:
+            return
+        recent = (self.issued - self._counted) / span_s
+        weight = min(span_s / RATE_SPAN_S, 1.0)
+        self.rate_per_s = max(self.rate_per_s + (recent - self.rate_per_s) * weight, 0.0)
+        self._counted_at, self._counted = now, self.issued
+
+    # Looking at it
+
+    async def check(self) -> None:
+        """NoKeys when the replica should get no more requests: nothing to issue, or not for long while etcd is away."""
+        available = self.available
+        if available == 0:
+            raise NoKeys
+        if self.etcd_away_s > 0 and available < max(self.rate_per_s * LOW_S, LOW_LEAST):
+            raise NoKeys(f"etcd is away and only {available} keys are left")
+
+    @property
+    def etcd_away_s(self) -> float:
+        """Seconds for which etcd has not been heard of or has refused what the pool needs; 0 while all is well."""
+        failing_s = time.monotonic() - self._failing_since if self._failing_since is not None else 0.0
+        stale_s = self.blocks.mirror.stale_s
+        return max(failing_s, stale_s if STALE_S < stale_s < float("inf") else 0.0)
+
+    def state(self) -> PoolState:
+        """The pool as this replica sees it."""
+        records = [block.record for block in self.blocks.all()]
+        owners = self.blocks.owners()
+        opened = [record for record in records if not record.used_up]
+        held = sum(record.owner in owners for record in opened)
+        return PoolState(
+            blocks_free=len(opened) - held,
+            blocks_held=held,
+            blocks_used_up=len(records) - len(opened),
+            keys_left=sum(record.size - record.watermark for record in opened),
+            replicas=sorted(owners),
+            replica=self.blocks.owner,
+            available=self.available,
+            ready=self._reserve.ready,
+            rate_per_s=round(self.rate_per_s, 3),
+            available_s=round(self.available / self.rate_per_s, 1) if self.rate_per_s > 0.001 else None,
+            etcd_away_s=round(self.etcd_away_s, 1),
+        )

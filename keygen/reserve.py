@@ -1,0 +1,81 @@
+"""The keys that this process may issue: ranges of indexes that it persisted as its own, and keys made ready from them."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from oncepay.keys import MacSecrets, issue
+
+
+class Range:
+    """Indexes `next` to `end - 1` of the block with `seed`: this process's alone, by a watermark in etcd."""
+
+    __slots__ = ("end", "next", "seed")
+
+    def __init__(self, seed: bytes, first: int, end: int) -> None:
+        assert 0 <= first <= end
+        self.seed = seed
+        self.next = first
+        self.end = end
+
+
+class Reserve:
+    """Ranges in the order in which they came, and the keys that are ready. Each index leaves it once.
+
+    No I/O and no clock here. `ready_keys` of them are made ahead by `make_ready`, so that a request finds its keys made.
+    """
+
+    def __init__(self) -> None:
+        self._ranges: deque[Range] = deque()
+        self._ready: list[str] = []
+        self._left = 0
+
+    @property
+    def ready(self) -> int:
+        """How many keys are made."""
+        return len(self._ready)
+
+    @property
+    def available(self) -> int:
+        """How many keys can be issued without etcd."""
+        return len(self._ready) + self._left
+
+    def add(self, seed: bytes, first: int, end: int) -> None:
+        """Take in indexes `first` to `end - 1`, persisted as this process's own and never added before."""
+        if end > first:
+            self._ranges.append(Range(seed, first, end))
+            self._left += end - first
+
+    def take(self, count: int, secrets: MacSecrets) -> list[str]:
+        """The next `count` keys. The caller has made sure that so many are available."""
+        assert 0 < count <= self.available
+        ready = self._ready
+        if count == 1 and ready:
+            return [ready.pop()]
+        keys = ready[-count:]
+        del ready[-count:]
+        if len(keys) < count:
+            keys += self._make(count - len(keys), secrets)
+        return keys
+
+    def make_ready(self, count: int, secrets: MacSecrets) -> None:
+        """Make up to `count` keys more ready."""
+        count = min(count, self._left)
+        if count > 0:
+            # The oldest leave first: they are taken from the end.
+            self._ready[:0] = reversed(self._make(count, secrets))
+
+    def _make(self, count: int, secrets: MacSecrets) -> list[str]:
+        keys: list[str] = []
+        number = secrets.current
+        secret = secrets.secrets[number]
+        while len(keys) < count:
+            current = self._ranges[0]
+            first = current.next
+            step = min(count - len(keys), current.end - first)
+            current.next += step
+            self._left -= step
+            keys += issue(current.seed, first, step, number, secret)
+            if current.next == current.end:
+                self._ranges.popleft()
+        return keys
