@@ -1,0 +1,64 @@
+"""The `oncepay` command. Each group of commands is a file of its own, and is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import click
+
+
+class Entry(NamedTuple):
+    """Where a command is, and its line in `oncepay --help`."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS = {
+    "up": Entry("cli.up", "up", "Start the local cluster."),
+    "down": Entry("cli.down", "down", "Stop the local cluster; its data stays."),
+    "status": Entry("cli.status", "status", "Show what runs, where, and how well."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names, and imports one when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command = getattr(importlib.import_module(entry.module), entry.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="oncepay", message="oncepay %(version)s")
+def main() -> None:
+    """Oncepay: a payment platform for marketplaces that charges once.
+
+    \b
+    Example:
+      oncepay up
+      oncepay status
+      oncepay down
+
+    The environment variable ONCEPAY_HOME names the folder of the local cluster (.oncepay by default), and
+    ONCEPAY_PORT_BASE the first of its 70 ports (8080 by default).
+
+    Exit codes: 0 done, 1 something is wrong and named, 2 wrong usage, 3 the cluster can't be reached.
+    """
+
+
+if __name__ == "__main__":
+    main()

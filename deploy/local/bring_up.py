@@ -1,0 +1,292 @@
+"""Bringing a cluster up: everything is started side by side, and what must come in order waits for its turn only."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, NoReturn
+
+import msgspec
+
+from deploy import patroni
+from deploy.local import secrets, shard_map, webhooks
+from deploy.local.errors import PartFailed
+from deploy.local.etcd import EtcdAway, Gateway
+from deploy.local.health import NodeState, probe_all, probe_http, probe_postgres
+from deploy.local.layout import Layout, Memory
+from deploy.local.parts import Plan, node_names
+from deploy.local.shard_map import Range
+from deploy.local.status import leader_of
+from deploy.local.supervisor import Supervisor, SupervisorAway
+
+POLL_S = 0.1
+PROBE_EVERY_S = 0.25
+LOG_LINES = 20
+LOG_TAIL_BYTES = 16_384
+MAX_STARTS = 8
+"""A process that was started this often and never became healthy is given up."""
+
+OnLeader = Callable[[str, str, list[Range]], None]
+OnAggregator = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller does while the cluster comes up, from threads.
+
+    `on_leader(shard, dsn, ranges)` is called when the shard's leader takes connections, on every `up`: it makes or
+    migrates the schema. `ranges` are those of the map. `on_aggregator(dsn)` likewise. Both get a superuser's DSN.
+    """
+
+    on_leader: OnLeader | None = None
+    on_aggregator: OnAggregator | None = None
+
+
+class Progress(NamedTuple):
+    """`name` became ready `after_s` seconds after the start; `left` are not ready yet."""
+
+    name: str
+    after_s: float
+    left: tuple[str, ...]
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Cancelled(Exception):
+    """Another step failed first."""
+
+
+def log_tail(layout: Layout, process: str) -> str:
+    """The last lines of a process's log."""
+    try:
+        with open(layout.log(process), "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-LOG_LINES:])
+
+
+def unmade_with_data(layout: Layout, memory: Memory) -> list[str]:
+    """Shards whose making was cut off: their nodes have data, but never was there a leader with a database."""
+    return [
+        shard
+        for shard in memory.shards
+        if shard not in memory.made and any((layout.node(node) / "data").exists() for node in node_names(shard))
+    ]
+
+
+def has_slot(dsn: str) -> bool:
+    """Whether the feed's slot is there; False too when the node can't be asked."""
+    import psycopg2
+
+    try:
+        connection = psycopg2.connect(dsn, connect_timeout=2)
+    except psycopg2.Error:
+        return False
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT FROM pg_replication_slots WHERE slot_name = %s", (patroni.FEED_SLOT,))
+            return cursor.rowcount == 1
+    except psycopg2.Error:
+        return False
+    finally:
+        connection.close()
+
+
+class BringUp:
+    """One run of `up`, from the started supervisor to where all is ready."""
+
+    def __init__(self, plan: Plan, memory: Memory, hooks: Hooks, on_progress: OnProgress, timeout_s: float) -> None:
+        self.plan = plan
+        self.layout = plan.layout
+        self.memory = memory
+        self.hooks = hooks
+        self.on_progress = on_progress
+        self.programs = plan.programs()
+        self.supervisor = Supervisor(plan.layout)
+        self.started_s = time.monotonic()
+        self.timeout_s = timeout_s
+        self.unmade = unmade_with_data(plan.layout, memory) if "nodes" in plan.parts else []
+        self._cancel = threading.Event()
+        self._lock = threading.Lock()
+        self._nodes: dict[str, NodeState] = {}
+
+    def run(self) -> None:
+        """Raises PartFailed, naming the part, with the end of its log."""
+        self._until(self._supervisor_answers, "supervisor")
+        for shard in self.unmade:
+            for node in node_names(shard):
+                shutil.rmtree(self.layout.node(node) / "data", ignore_errors=True)
+        steps = self._steps()
+        with ThreadPoolExecutor(len(steps)) as pool:
+            futures: list[Future[None]] = [pool.submit(step) for step in steps]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                self._cancel.set()
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        causes = [error for error in errors if not isinstance(error, Cancelled)]
+        if causes:
+            raise causes[0]
+
+    def _steps(self) -> list[Callable[[], None]]:
+        parts = self.plan.parts
+        steps: list[Callable[[], None]] = [self._watch_health]
+        if "etcd" in parts:
+            steps.append(self._put_first_records)
+        if "nodes" in parts:
+            steps += [partial(self._prepare_shard, shard) for shard in self.plan.shards]
+            steps += [partial(self._await_slots, shard) for shard in self.plan.shards]
+        if "aggregator-db" in parts:
+            steps.append(self._prepare_aggregator)
+        if "stripe" in parts and "router" in parts and self.plan.uses_stand_in:
+            steps.append(self._prepare_routers)
+        return steps
+
+    def _until(self, check: Callable[[], bool], process: str) -> None:
+        """Check again and again until it holds. Raises PartFailed for `process` when the time is over."""
+        while not check():
+            if time.monotonic() - self.started_s > self.timeout_s:
+                self._fail(process, f"not ready after {self.timeout_s:g} s")
+            if self._cancel.wait(POLL_S):
+                raise Cancelled
+
+    def _fail(self, process: str, why: str) -> NoReturn:
+        tail = log_tail(self.layout, process)
+        text = f"{process} didn't come up: {why}."
+        if tail:
+            text += f" The end of {self.layout.log(process)}:\n{tail}"
+        raise PartFailed(text)
+
+    def _supervisor_answers(self) -> bool:
+        try:
+            return self.supervisor.pid() > 0
+        except SupervisorAway:
+            return False
+
+    def _put_first_records(self) -> None:
+        """The map, the shards and the API key, each unless it is there; then nodes that waited for etcd."""
+        gateway = Gateway(self.plan.settings.etcd.endpoints)
+        prefix = self.plan.settings.etcd.prefix
+
+        def answers() -> bool:
+            try:
+                gateway.get(f"{prefix}/map")
+            except EtcdAway:
+                return False
+            return True
+
+        self._until(answers, "etcd-1")
+        gateway.put_if_absent(f"{prefix}/map", shard_map.render_map(shard_map.even_ranges(self.plan.shards)))
+        for number, shard in enumerate(self.plan.shards):
+            record = shard_map.shard_record(self.plan.ports, number, shard)
+            gateway.put_if_absent(f"{prefix}/shards/{shard}", record)
+        digest, api_key = secrets.api_key_record(self.plan.passwords.api_key)
+        gateway.put_if_absent(f"{prefix}/apikeys/{digest}", msgspec.json.encode(api_key).decode())
+        for shard in self.unmade:
+            gateway.delete_prefix(f"{prefix}/patroni/{shard}/")
+            self.supervisor.start(f"node-{node}" for node in node_names(shard))
+
+    def _leader_with_quorum(self, shard: str) -> str | None:
+        """The shard's leader, once a standby of its quorum streams from it: only then can it commit."""
+        with self._lock:
+            nodes = {name: self._nodes[name] for name in node_names(shard) if name in self._nodes}
+        leader = leader_of(nodes)
+        return leader if leader is not None and nodes[leader].quorum_standbys else None
+
+    def _prepare_shard(self, shard: str) -> None:
+        self._until(lambda: self._leader_with_quorum(shard) is not None, f"node-{shard}-1")
+        with self._lock:
+            if shard not in self.memory.made:
+                self.memory = msgspec.structs.replace(self.memory, made=(*self.memory.made, shard))
+                self.layout.remember(self.memory)
+        if self.hooks.on_leader is None:
+            return
+        gateway = Gateway(self.plan.settings.etcd.endpoints)
+        owned: dict[str, list[Range]] = {}
+
+        def has_map() -> bool:
+            text = gateway.get(f"{self.plan.settings.etcd.prefix}/map")
+            owned.update(shard_map.parse_map(text) if text else {})
+            return text is not None
+
+        self._until(has_map, "etcd-1")
+        leader = self._leader_with_quorum(shard) or node_names(shard)[0]
+        self.hooks.on_leader(shard, self._superuser_dsn(self._node_port(shard, leader)), owned.get(shard, []))
+
+    def _await_slots(self, shard: str) -> None:
+        """Until the feed's slot is on every node: Patroni restarts a standby to give it its copy of a new one."""
+        for name in node_names(shard):
+            dsn = self._superuser_dsn(self._node_port(shard, name))
+            self._until(partial(has_slot, dsn), f"node-{name}")
+
+    def _node_port(self, shard: str, node: str) -> int:
+        return self.plan.ports.postgres(self.plan.shards.index(shard), node_names(shard).index(node))
+
+    def _prepare_aggregator(self) -> None:
+        port = self.plan.ports.aggregator_postgres
+        self._until(lambda: probe_postgres(port).healthy, "aggregator-db")
+        if self.hooks.on_aggregator is not None:
+            self.hooks.on_aggregator(self._superuser_dsn(port))
+
+    def _superuser_dsn(self, port: int) -> str:
+        postgres = self.plan.settings.postgres
+        return secrets.postgres_dsn(postgres.superuser, postgres.superuser_password, port, postgres.database)
+
+    def _prepare_routers(self) -> None:
+        """Register the webhook, and start the routers, which read its secret."""
+        port = self.plan.ports.stripe
+        self._until(lambda: probe_http(port, "/_control/faults").healthy, "stripe")
+        url = f"http://127.0.0.1:{self.plan.ports.router}/v1/webhooks/stripe"
+        webhooks.register(self.layout, port, self.plan.settings.stripe.api_key, url)
+        self.supervisor.start(program.name for program in self.programs if program.part == "router")
+
+    def _watch_health(self) -> None:
+        """Until every process is healthy and every shard has its quorum; says of each when it is."""
+        left = {program.name: program for program in self.programs}
+        shards = {f"node-{node}": shard for shard in self.plan.shards for node in node_names(shard)}
+        pids: dict[str, set[int]] = {name: set() for name in left}
+        while left:
+            if time.monotonic() - self.started_s > self.timeout_s:
+                name = next(iter(left))
+                self._fail(name, f"not ready after {self.timeout_s:g} s (nor: {', '.join(left)})")
+            probes = probe_all(left.values())
+            states = self.supervisor.states()
+            with self._lock:
+                self._nodes.update({n.removeprefix("node-"): p.node for n, p in probes.items() if p.node is not None})
+            for name, probe in probes.items():
+                pid = states[name].pid
+                pids[name].add(pid)
+                if len(pids[name]) > MAX_STARTS:
+                    self._fail(name, f"it ended {MAX_STARTS} times")
+                if pid and probe.healthy and (name not in shards or self._leader_with_quorum(shards[name])):
+                    del left[name]
+                    self.on_progress(Progress(name, time.monotonic() - self.started_s, tuple(left)))
+            if left and self._cancel.wait(PROBE_EVERY_S):
+                raise Cancelled
+
+
+def write_node_configs(plan: Plan) -> None:
+    """The folders of all nodes and of the aggregator's Postgres, with what their wrappers read."""
+    from deploy.local.layout import write_secret
+
+    for shard in plan.shards:
+        for name in node_names(shard):
+            folder = plan.layout.node(name)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            plan.os_user.own(folder)
+            config = folder / "patroni.yml"
+            write_secret(config, patroni.render(plan.node_config(shard, name)).encode())
+            plan.os_user.own(config)
+    password = plan.layout.aggregator_db / "password"
+    write_secret(password, plan.settings.postgres.superuser_password.encode() + b"\n")
+    plan.os_user.own(plan.layout.aggregator_db)
+    plan.os_user.own(password)

@@ -1,0 +1,262 @@
+"""A local cluster: start it, stop it, ask it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from deploy import os_user, patroni, processes, programs
+from deploy.local import secrets, status, supervisor
+from deploy.local.bring_up import BringUp, Hooks, OnProgress, unmade_with_data, write_node_configs
+from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, WrongHome
+from deploy.local.layout import Layout, Memory
+from deploy.local.leftovers import Leftovers
+from deploy.local.parts import ALL_PARTS, Plan, default_parts, node_names
+from deploy.local.ports import DEFAULT_BASE, MAX_SHARDS, Ports, check_free
+from deploy.local.status import Status
+from deploy.local.supervisor import Supervisor, SupervisorAway
+from oncepay.settings import Settings
+
+DEFAULT_SHARDS = ("s0", "s1")
+UP_TIMEOUT_S = 120.0
+DOWN_TIMEOUT_S = 75.0
+"""More than a service, then a node, then etcd may take to stop before the supervisor kills it."""
+
+__all__ = ["Cluster", "Hooks"]
+
+
+class Cluster:
+    """The cluster in `home`. `port_base` and `shards` count only until the home has a cluster of its own.
+
+    Raises WrongHome when the home's cluster has another port base than the one asked for.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        port_base: int | None = None,
+        shards: Sequence[str] = DEFAULT_SHARDS,
+        parts: Sequence[str] | None = None,
+    ) -> None:
+        if not 1 <= len(shards) <= MAX_SHARDS:
+            raise ValueError(f"a local cluster has 1 to {MAX_SHARDS} shards, not {len(shards)}")
+        unknown = set(parts or ()) - set(ALL_PARTS)
+        if unknown:
+            raise ValueError(f"unknown parts: {', '.join(sorted(unknown))}; there are {', '.join(ALL_PARTS)}")
+        self.layout = Layout(home.resolve())
+        self._wanted_base = port_base
+        self._wanted_shards = tuple(shards)
+        self._wanted_parts = tuple(parts) if parts is not None else None
+
+    @property
+    def home(self) -> Path:
+        return self.layout.home
+
+    def _memory(self) -> Memory:
+        """What the home remembers. Raises NotRunning when it never had a cluster."""
+        memory = self.layout.memory()
+        if memory is None:
+            raise NotRunning(f"there is no cluster in {self.home}: start one with `oncepay up`")
+        return memory
+
+    def _plan(self, memory: Memory) -> Plan:
+        ports = Ports(memory.port_base)
+        passwords = secrets.load_or_make(self.layout)
+        return Plan(
+            layout=self.layout,
+            ports=ports,
+            shards=memory.shards,
+            parts=memory.parts,
+            settings=secrets.make_settings(self.layout, ports, passwords, memory),
+            passwords=passwords,
+            os_user=os_user.OsUser(),
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that the services of this cluster read. Raises NotRunning when there never was one."""
+        return self._plan(self._memory()).settings
+
+    @property
+    def ports(self) -> Ports:
+        """Raises NotRunning when there never was a cluster."""
+        return Ports(self._memory().port_base)
+
+    def is_running(self) -> bool:
+        """Whether the cluster's supervisor is alive, also when it doesn't answer."""
+        return self._supervisor_pid() is not None
+
+    def _supervisor_pid(self) -> int | None:
+        try:
+            pid = int(self.layout.supervisor_pid.read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
+        if not processes.is_alive(pid) or not processes.is_marked(pid, str(self.home)):
+            return None
+        return pid if processes.variable(pid, processes.PROCESS_ENV) is None else None
+
+    def up(
+        self,
+        *,
+        hooks: Hooks | None = None,
+        on_progress: OnProgress | None = None,
+        on_warning: Callable[[str], None] | None = None,
+        stripe_key_file: Path | None = None,
+        stripe_webhook_secret_file: Path | None = None,
+        timeout_s: float = UP_TIMEOUT_S,
+    ) -> None:
+        """Start everything, and return when it is ready. What didn't end properly before is ended first.
+
+        When a part doesn't come up, or the caller is interrupted, all is stopped again. Raises AlreadyRunning,
+        PortTaken, PartFailed, WrongHome.
+        """
+        self.layout.make()
+        with self._only_one_up():
+            if self.is_running():
+                raise AlreadyRunning(f"a cluster is already running in {self.home}: `oncepay status` shows it")
+            memory = self._next_memory(stripe_key_file, stripe_webhook_secret_file)
+            if not Leftovers(self.layout).end():
+                raise ClusterError("processes of an earlier run can't be ended")
+            self.layout.clean_run()
+            self.layout.make()
+            plan = dataclasses.replace(self._plan(memory), os_user=os_user.for_postgres())
+            all_programs = plan.programs()
+            check_free(port for program in all_programs for port in program.listens)
+            if on_warning is not None and (warning := programs.etcd_warning(programs.etcd_version())):
+                on_warning(warning)
+            self.layout.remember(memory)
+            self._write(plan, memory)
+            try:
+                supervisor.start(self.layout)
+                BringUp(plan, memory, hooks or Hooks(), on_progress or (lambda _: None), timeout_s).run()
+            except BaseException:
+                self.down()
+                raise
+
+    def _write(self, plan: Plan, memory: Memory) -> None:
+        """Everything that the processes read."""
+        secrets.write_settings(self.layout, plan.settings)
+        write_node_configs(plan)
+        held = {f"node-{node}" for shard in unmade_with_data(self.layout, memory) for node in node_names(shard)}
+        started = [
+            dataclasses.replace(program, autostart=program.autostart and program.name not in held) for program in plan.programs()
+        ]
+        self.layout.supervisor_config.write_text(supervisor.configuration(started, self.layout), encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _only_one_up(self) -> Iterator[None]:
+        with open(self.layout.lock, "w", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise AlreadyRunning(f"another `oncepay up` is at work in {self.home}") from error
+            yield
+
+    def _next_memory(self, key_file: Path | None, webhook_secret_file: Path | None) -> Memory:
+        """What the home will remember of this `up`. Raises WrongHome when that doesn't fit its data."""
+        key = str(key_file.resolve()) if key_file else ""
+        webhook_secret = str(webhook_secret_file.resolve()) if webhook_secret_file else ""
+        parts = self._wanted_parts if self._wanted_parts is not None else default_parts()
+        known = self.layout.memory()
+        if known is None:
+            if any(self.layout.nodes.glob("*/data")):
+                raise WrongHome(f"{self.layout.memory_file} is missing, though {self.layout.nodes} holds data")
+            base = self._wanted_base if self._wanted_base is not None else DEFAULT_BASE
+            return Memory(base, self._wanted_shards, parts, (), key, webhook_secret)
+        if self._wanted_base not in (None, known.port_base):
+            raise WrongHome(
+                f"the cluster in {self.home} has the ports from {known.port_base} on, not from {self._wanted_base}: "
+                "its nodes know each other by them. Use another ONCEPAY_HOME, or `oncepay down --purge`"
+            )
+        if key and key != known.stripe_key_file and known.made:
+            raise WrongHome(
+                f"the books in {self.home} belong to another Stripe account or to the stand-in: "
+                "use another ONCEPAY_HOME, or `oncepay down --purge`"
+            )
+        return msgspec.structs.replace(
+            known,
+            parts=parts,
+            stripe_key_file=key or known.stripe_key_file,
+            stripe_webhook_secret_file=webhook_secret or known.stripe_webhook_secret_file,
+        )
+
+    def down(self, *, purge: bool = False) -> bool:
+        """Stop everything; with `purge` delete the home too, and end clusters in its sub-folders.
+
+        Returns whether anything was running. Raises ClusterError when something can't be ended.
+        """
+        pid = self._supervisor_pid()
+        if pid is not None:
+            self._stop_supervisor(pid)
+        leftovers = Leftovers(self.layout, below=purge)
+        was_running = pid is not None or bool(leftovers.find())
+        ended = leftovers.kill() if purge or pid is not None else leftovers.end()
+        if not ended:
+            raise ClusterError(f"these processes can't be ended: {leftovers.find()}")
+        if purge:
+            for below in self.home.glob("*/cluster.json"):
+                Layout(below.parent).clean_run()
+            self.layout.purge()
+        else:
+            self.layout.clean_run()
+        return was_running
+
+    def _stop_supervisor(self, pid: int) -> None:
+        """Ask it to stop all and end; kill it when it doesn't within the bound."""
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            Supervisor(self.layout).shut_down()
+        except SupervisorAway:
+            os.close(handle)
+            return
+        processes.wait_for_end([handle], DOWN_TIMEOUT_S)
+
+    def wait(self) -> None:
+        """Until the cluster's supervisor ends."""
+        pid = self._supervisor_pid()
+        if pid is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            processes.wait_for_end([os.pidfd_open(pid)], wait_s=None)
+
+    def status(self) -> Status:
+        """What runs now. Raises NotRunning."""
+        memory = self._memory()
+        if not self.is_running():
+            raise NotRunning(f"no cluster is running in {self.home}: start it with `oncepay up`")
+        try:
+            states = Supervisor(self.layout, timeout_s=2.0).states()
+        except SupervisorAway:
+            states = {}
+        return status.collect(self._plan(memory), states)
+
+    def supervisor(self) -> Supervisor:
+        """To stop and start single processes. Raises NotRunning."""
+        if not self.is_running():
+            raise NotRunning(f"no cluster is running in {self.home}")
+        return Supervisor(self.layout)
+
+    def pids(self) -> list[int]:
+        """Every process of this cluster, the supervisor too."""
+        return Leftovers(self.layout).find()
+
+    def kill(self) -> None:
+        """SIGKILL every process at once, as if the machine had lost its power. For tests of what survives that."""
+        Leftovers(self.layout).kill()
+
+    def postmaster_pid(self, node: str) -> int | None:
+        """The pid of that node's postmaster, None when it has none."""
+        return processes.postmaster_pid(str(self.layout.node(node) / "data"))
+
+    def patroni_rest_credential(self) -> patroni.Credential:
+        """With which Patroni's REST API takes changes, such as a switchover."""
+        return patroni.Credential("oncepay", secrets.load_or_make(self.layout).patroni_rest)

@@ -1,0 +1,265 @@
+"""The processes of a local cluster: their names, command lines, ports and health checks, all as plain values."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from deploy import patroni, programs
+from deploy.local.layout import Layout
+from deploy.local.ports import ETCD_MEMBERS, NODES_PER_SHARD, Port, Ports
+from deploy.local.secrets import Passwords
+from deploy.os_user import OsUser
+from oncepay.settings import Settings
+
+Group = Literal["etcd", "data", "services"]
+"""In the order in which they are left running when the cluster stops: services end first, etcd last."""
+
+ALL_PARTS = ("etcd", "nodes", "aggregator-db", "stripe", "tipalti", "keygen", "router", "worker", "aggregator", "console")
+MODULES = {
+    "stripe": "sandbox.stripe.__main__",
+    "tipalti": "sandbox.tipalti.__main__",
+    "keygen": "keygen.__main__",
+    "router": "router.__main__",
+    "worker": "shard.worker.__main__",
+    "aggregator": "aggregator.__main__",
+    "console": "console.__main__",
+}
+"""What a part runs. A part whose module is not there is left out."""
+STATELESS_REPLICAS = 2
+NODE_STOP_S = 25
+SERVICE_STOP_S = 20
+
+
+@dataclass(frozen=True)
+class Health:
+    """How to see that a process does its work: `/readyz` and the like, Patroni's REST API, or a Postgres greeting."""
+
+    kind: Literal["http", "patroni", "postgres"]
+    port: int
+    path: str = "/readyz"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One supervised process. `port` is the one that status shows; `listens` are all that it needs."""
+
+    name: str
+    part: str
+    group: Group
+    command: tuple[str, ...]
+    port: int
+    listens: tuple[Port, ...]
+    health: Health
+    autostart: bool = True
+    stop_signal: str = "TERM"
+    stop_s: int = SERVICE_STOP_S
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def node_names(shard: str) -> list[str]:
+    return [f"{shard}-{number}" for number in range(1, NODES_PER_SHARD + 1)]
+
+
+def is_there(part: str) -> bool:
+    """Whether the program of that part is installed."""
+    module = MODULES.get(part)
+    if module is None:
+        return True
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def default_parts() -> tuple[str, ...]:
+    return tuple(part for part in ALL_PARTS if is_there(part))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the programs of one cluster are made from."""
+
+    layout: Layout
+    ports: Ports
+    shards: tuple[str, ...]
+    parts: tuple[str, ...]
+    settings: Settings
+    passwords: Passwords
+    os_user: OsUser
+
+    @property
+    def uses_stand_in(self) -> bool:
+        return self.settings.stripe.base_url.startswith("http://127.0.0.1:")
+
+    def programs(self) -> list[Program]:
+        """All processes of the chosen parts, in the order in which they are shown."""
+        makers = {
+            "etcd": self._etcd,
+            "nodes": self._nodes,
+            "aggregator-db": self._aggregator_db,
+            "stripe": self._stripe,
+            "tipalti": self._tipalti,
+            "keygen": self._keygens,
+            "router": self._routers,
+            "worker": self._workers,
+            "aggregator": self._aggregator,
+            "console": self._console,
+        }
+        chosen = [part for part in ALL_PARTS if part in self.parts and (part != "stripe" or self.uses_stand_in)]
+        return [program for part in chosen for program in makers[part]()]
+
+    def _etcd(self) -> Iterator[Program]:
+        binary = str(programs.etcd_binary())
+        members = {f"etcd-{n + 1}": n for n in range(ETCD_MEMBERS)}
+        initial = ",".join(f"{name}=http://127.0.0.1:{self.ports.etcd_peer(n)}" for name, n in members.items())
+        for name, n in members.items():
+            client, peer = self.ports.etcd_client(n), self.ports.etcd_peer(n)
+            client_url, peer_url = f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}"
+            command = [binary, f"--name={name}", f"--data-dir={self.layout.etcd(name)}", "--log-level=warn"]
+            command += [f"--listen-client-urls={client_url}", f"--advertise-client-urls={client_url}"]
+            command += [f"--listen-peer-urls={peer_url}", f"--initial-advertise-peer-urls={peer_url}"]
+            command += [f"--initial-cluster={initial}", f"--initial-cluster-token={self.ports.base}"]
+            command += ["--initial-cluster-state=new", "--snapshot-count=10000", "--max-wals=3", "--max-snapshots=3"]
+            command += ["--auto-compaction-mode=periodic", "--auto-compaction-retention=1h"]
+            yield Program(
+                name=name,
+                part="etcd",
+                group="etcd",
+                command=tuple(command),
+                port=client,
+                listens=(Port(client, f"{name}, clients"), Port(peer, f"{name}, peers")),
+                health=Health("http", client, "/health"),
+            )
+
+    def _nodes(self) -> Iterator[Program]:
+        for shard_number, shard in enumerate(self.shards):
+            for number, node in enumerate(node_names(shard)):
+                folder = self.layout.node(node)
+                postgres, rest = self.ports.postgres(shard_number, number), self.ports.patroni(shard_number, number)
+                run_patroni = [*self.os_user.prefix, *programs.patroni_command(folder / "patroni.yml")]
+                wrapper = _light_python("deploy.node", str(folder), str(patroni.WATCHDOG_TIMEOUT_S))
+                name = f"node-{node}"
+                yield Program(
+                    name=name,
+                    part="nodes",
+                    group="data",
+                    command=(*wrapper, *run_patroni),
+                    port=postgres,
+                    listens=(Port(postgres, f"{name}, Postgres"), Port(rest, f"{name}, Patroni")),
+                    health=Health("patroni", rest),
+                    stop_s=NODE_STOP_S,
+                )
+
+    def _aggregator_db(self) -> Iterator[Program]:
+        port = self.ports.aggregator_postgres
+        arguments = [str(self.layout.aggregator_db), str(programs.postgres_bin()), str(port), self.settings.postgres.database]
+        yield Program(
+            name="aggregator-db",
+            part="aggregator-db",
+            group="data",
+            command=(*_light_python("deploy.postgres", *arguments), *self.os_user.prefix),
+            port=port,
+            listens=(Port(port, "aggregator-db, Postgres"),),
+            health=Health("postgres", port),
+            stop_signal="INT",
+        )
+
+    def _stripe(self) -> Iterator[Program]:
+        yield self._stand_in("stripe", self.ports.stripe)
+
+    def _tipalti(self) -> Iterator[Program]:
+        yield self._stand_in("tipalti", self.ports.tipalti)
+
+    def _stand_in(self, name: str, port: int) -> Program:
+        state = str(self.layout.state / name)
+        return Program(
+            name=name,
+            part=name,
+            group="services",
+            command=(sys.executable, "-m", f"sandbox.{name}", "--port", str(port), "--state", state),
+            port=port,
+            listens=(Port(port, f"the stand-in for {name.capitalize()}"),),
+            health=Health("http", port, "/_control/faults"),
+        )
+
+    def _service(self, name: str, part: str, module: str, own: int, options: Sequence[str], shared: int = 0) -> Program:
+        command = [sys.executable, "-m", module, "--config", str(self.layout.settings), "--name", name, *options]
+        listens = [Port(own, name)]
+        if shared:
+            listens.append(Port(shared, f"the {part}s' shared port"))
+        # A router needs the webhook's secret, which the stand-in tells when it is up.
+        autostart = part != "router" or not self.uses_stand_in or "stripe" not in self.parts
+        return Program(
+            name=name,
+            part=part,
+            group="services",
+            command=tuple(command),
+            port=own,
+            listens=tuple(listens),
+            health=Health("http", own),
+            autostart=autostart,
+        )
+
+    def _keygens(self) -> Iterator[Program]:
+        for n in range(STATELESS_REPLICAS):
+            shared, own = self.ports.keygen, self.ports.keygen_own(n)
+            yield self._service(
+                f"keygen-{n + 1}", "keygen", "keygen", own, ["--port", str(shared), "--own-port", str(own)], shared
+            )
+
+    def _routers(self) -> Iterator[Program]:
+        for n in range(STATELESS_REPLICAS):
+            shared, own = self.ports.router, self.ports.router_own(n)
+            yield self._service(
+                f"router-{n + 1}", "router", "router", own, ["--port", str(shared), "--own-port", str(own)], shared
+            )
+
+    def _workers(self) -> Iterator[Program]:
+        for number, shard in enumerate(self.shards):
+            own = self.ports.worker(number, 0)
+            yield self._service(f"worker-{shard}-1", "worker", "shard.worker", own, ["--shard", shard, "--own-port", str(own)])
+
+    def _aggregator(self) -> Iterator[Program]:
+        own = self.ports.aggregator
+        yield self._service("aggregator", "aggregator", "aggregator", own, ["--port", str(own)])
+
+    def _console(self) -> Iterator[Program]:
+        own = self.ports.console
+        yield self._service("console", "console", "console", own, ["--port", str(own)])
+
+    def node_config(self, shard: str, node: str) -> patroni.Node:
+        """What goes into that node's Patroni configuration."""
+        shard_number, number = self.shards.index(shard), node_names(shard).index(node)
+        folder = self.layout.node(node)
+        return patroni.Node(
+            name=node,
+            scope=shard,
+            host="127.0.0.1",
+            postgres_port=self.ports.postgres(shard_number, number),
+            rest_port=self.ports.patroni(shard_number, number),
+            data_dir=folder / "data",
+            pgpass=folder / "pgpass",
+            watchdog=folder / "watchdog",
+            bin_dir=programs.postgres_bin(),
+            superuser=patroni.Credential(self.settings.postgres.superuser, self.passwords.superuser),
+            replication=patroni.Credential("oncepay_replication", self.passwords.replication),
+            rest=patroni.Credential("oncepay", self.passwords.patroni_rest),
+            etcd_hosts=self.settings.etcd.endpoints,
+            namespace=f"{self.settings.etcd.prefix}/patroni/",
+            database=self.settings.postgres.database,
+        )
+
+
+def _light_python(module: str, *arguments: str) -> list[str]:
+    """A Python without site packages: a wrapper stays in memory for as long as what it wraps."""
+    return [sys.executable, "-S", "-m", module, *arguments]
+
+
+def project_root() -> Path:
+    """The folder that `deploy` is imported from; a Python without site packages must be told."""
+    return Path(programs.__file__).resolve().parent.parent

@@ -1,0 +1,173 @@
+"""Patroni's configuration of a shard's node: the one place where its rules for high availability are written down.
+
+What holds a promise, and must not be loosened:
+- `synchronous_mode: quorum` with `strict`: a commit waits for one of the two standbys, also when none is there.
+- `primary_start_timeout: 0`: a crashed leader gives way at once.
+- the watchdog is `required`: no node leads unless its Postgres dies when Patroni stops beating, before `ttl` ends.
+- data checksums, and a logical slot that follows the leader.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FEED_SLOT = "oncepay_feed"
+
+LOOP_WAIT_S = 3
+RETRY_TIMEOUT_S = 5
+TTL_S = 20
+WATCHDOG_MARGIN_S = 5
+"""Postgres is dead this long before the leader's lease can end. It covers the time that one renewal may take."""
+WATCHDOG_TIMEOUT_S = TTL_S - WATCHDOG_MARGIN_S
+IDLE_IN_TRANSACTION_MS = 10_000
+
+assert TTL_S >= LOOP_WAIT_S + 2 * RETRY_TIMEOUT_S
+assert WATCHDOG_TIMEOUT_S > LOOP_WAIT_S + 2 * RETRY_TIMEOUT_S, "a slow etcd would trip the watchdog of a live leader"
+
+
+@dataclass(frozen=True)
+class Credential:
+    """A Postgres role, or a user of Patroni's REST API, with its password."""
+
+    username: str
+    password: str
+
+    def as_dict(self) -> dict[str, str]:
+        return {"username": self.username, "password": self.password}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes that depend on the machine. The defaults fit a laptop that runs six nodes."""
+
+    shared_buffers: str = "64MB"
+    max_wal_size: str = "512MB"
+    min_wal_size: str = "64MB"
+    max_connections: int = 200
+    max_slot_wal_keep_size: str = "2GB"
+    io_method: str = "sync"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of a shard. `watchdog` is the named pipe that its wrapper reads, or a watchdog device."""
+
+    name: str
+    scope: str
+    host: str
+    postgres_port: int
+    rest_port: int
+    data_dir: Path
+    pgpass: Path
+    watchdog: Path
+    bin_dir: Path
+    superuser: Credential
+    replication: Credential
+    rest: Credential
+    etcd_hosts: tuple[str, ...]
+    namespace: str
+    database: str
+    watchdog_driver: str = "testing"
+    client_network: str = "127.0.0.1/32"
+    tuning: Tuning = field(default_factory=Tuning)
+
+
+def _shared_parameters(tuning: Tuning) -> dict[str, object]:
+    """Postgres' parameters that all nodes of the shard share; Patroni keeps them in etcd."""
+    return {
+        "wal_level": "logical",
+        "wal_log_hints": True,
+        "max_connections": tuning.max_connections,
+        "max_worker_processes": 16,
+        "max_wal_senders": 20,
+        "max_replication_slots": 20,
+        "max_active_replication_origins": 20,
+        "max_logical_replication_workers": 8,
+        "max_slot_wal_keep_size": tuning.max_slot_wal_keep_size,
+        "synchronous_commit": "on",
+        "full_page_writes": True,
+        "fsync": True,
+        "wal_init_zero": False,
+        "hot_standby_feedback": True,
+        "wal_sender_timeout": "15s",
+        "wal_receiver_timeout": "15s",
+        "wal_receiver_status_interval": "2s",
+        "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_MS}ms",
+        "checkpoint_timeout": "5min",
+        "max_wal_size": tuning.max_wal_size,
+        "min_wal_size": tuning.min_wal_size,
+        "shared_buffers": tuning.shared_buffers,
+        "io_method": tuning.io_method,
+        "jit": False,
+        "password_encryption": "scram-sha-256",
+        "timezone": "UTC",
+        "log_timezone": "UTC",
+        "log_checkpoints": False,
+        "log_line_prefix": "%m [%p] %q%u@%d ",
+        "unix_socket_directories": "",
+    }
+
+
+def configuration(node: Node) -> dict[str, object]:
+    """What `node`'s Patroni reads."""
+    hba = [f"host {database} all {node.client_network} scram-sha-256" for database in ("all", "replication")]
+    create_database = [str(node.bin_dir / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"]
+    create_database += ["-c", f'CREATE DATABASE "{node.database}"']
+    return {
+        "scope": node.scope,
+        "namespace": node.namespace,
+        "name": node.name,
+        "log": {"level": "INFO", "deduplicate_heartbeat_logs": True},
+        "restapi": {
+            "listen": f"{node.host}:{node.rest_port}",
+            "connect_address": f"{node.host}:{node.rest_port}",
+            "authentication": node.rest.as_dict(),
+        },
+        "etcd3": {"hosts": list(node.etcd_hosts)},
+        "bootstrap": {
+            "dcs": {
+                "ttl": TTL_S,
+                "loop_wait": LOOP_WAIT_S,
+                "retry_timeout": RETRY_TIMEOUT_S,
+                "maximum_lag_on_failover": 16 * 1024 * 1024,
+                "primary_start_timeout": 0,
+                "synchronous_mode": "quorum",
+                "synchronous_mode_strict": True,
+                "synchronous_node_count": 1,
+                "failsafe_mode": True,
+                "slots": {FEED_SLOT: {"type": "logical", "database": node.database, "plugin": "pgoutput"}},
+                "postgresql": {"use_pg_rewind": True, "use_slots": True, "parameters": _shared_parameters(node.tuning)},
+            },
+            "initdb": [
+                {"encoding": "UTF8"},
+                {"locale": "C.UTF-8"},
+                {"auth": "scram-sha-256"},
+                "data-checksums",
+            ],
+            "post_bootstrap": shlex.join(create_database),
+        },
+        "postgresql": {
+            "listen": f"{node.host}:{node.postgres_port}",
+            "connect_address": f"{node.host}:{node.postgres_port}",
+            "data_dir": str(node.data_dir),
+            "bin_dir": str(node.bin_dir),
+            "pgpass": str(node.pgpass),
+            "authentication": {"superuser": node.superuser.as_dict(), "replication": node.replication.as_dict()},
+            "pg_hba": hba,
+            "basebackup": [{"checkpoint": "fast"}],
+        },
+        "watchdog": {
+            "mode": "required",
+            "driver": node.watchdog_driver,
+            "device": str(node.watchdog),
+            "safety_margin": WATCHDOG_MARGIN_S,
+        },
+    }
+
+
+def render(node: Node) -> str:
+    """The configuration file's text. JSON is YAML, so Patroni reads it."""
+    return json.dumps(configuration(node), indent=2) + "\n"
