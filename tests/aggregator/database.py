@@ -1,0 +1,101 @@
+"""What the aggregator's tables hold, and what they should hold after given histories."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import asyncpg
+
+from aggregator.fold import fold
+from oncepay.feed import EntryRow
+from tests.aggregator.strategies import History
+
+TABLES = ("watermarks", "payments", "entries", "balance_links", "seller_days", "account_totals", "kind_totals")
+EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+State = dict[str, Any]
+
+
+def us(time: dt.datetime) -> int:
+    """Microseconds since 1970, exactly."""
+    return (time - EPOCH) // dt.timedelta(microseconds=1)
+
+
+async def empty(connection: asyncpg.Connection) -> None:
+    """Forget everything."""
+    await connection.execute("truncate " + ", ".join(f"oncepay.{table}" for table in TABLES))
+
+
+async def held(connection: asyncpg.Connection) -> State:
+    """All that the tables hold, sums over the shards."""
+    payments = await connection.fetch("select * from oncepay.payments")
+    entries = await connection.fetch("select * from oncepay.entries")
+    links = await connection.fetch("select balance_transaction, key, entry_id from oncepay.balance_links")
+    days = await connection.fetch(
+        "select seller, currency, day, sum(payments), sum(gross), sum(refunded), sum(disputed), sum(fees), sum(net)"
+        " from oncepay.seller_days group by 1, 2, 3"
+    )
+    accounts = await connection.fetch(
+        "select account, currency, sum(debit), sum(credit) from oncepay.account_totals group by 1, 2"
+    )
+    kinds = await connection.fetch("select kind, currency, sum(entries), sum(amount) from oncepay.kind_totals group by 1, 2")
+    watermarks = await connection.fetch("select shard, lsn from oncepay.watermarks")
+    return {
+        "watermarks": {row["shard"]: row["lsn"] for row in watermarks},
+        "payments": {
+            row["key"]: (
+                *(row["slot"], row["status"], row["version"], row["buyer"], row["currency"], row["amount"]),
+                *(row["amount_captured"], row["payment_intent"], json.loads(row["items"] or "null"), row["platform_fee"]),
+                us(row["created_at"]),
+            )
+            for row in payments
+        },
+        "entries": {
+            (row["key"], row["entry_id"]): (
+                *(row["slot"], row["kind"], row["currency"], row["source"], tuple(row["accounts"])),
+                *(tuple(row["amounts"]), tuple(row["sellers"]), us(row["created_at"])),
+            )
+            for row in entries
+        },
+        "links": {tuple(row) for row in links},
+        "days": {tuple(row)[:3]: tuple(int(value) for value in tuple(row)[3:]) for row in days},
+        "accounts": {tuple(row)[:2]: tuple(int(value) for value in tuple(row)[2:]) for row in accounts},
+        "kinds": {tuple(row)[:2]: tuple(int(value) for value in tuple(row)[2:]) for row in kinds},
+    }
+
+
+def expected(histories: Iterable[History]) -> State:
+    """What the tables have to hold when all of `histories` was applied, in whatever way."""
+    histories = list(histories)
+    payments: dict[str, Any] = {}
+    terms: dict[str, Any] = {}
+    for row in (row for history in histories for row in history.payments):
+        if row.terms is not None:
+            terms[row.key] = json.loads(row.terms)
+        if row.key not in payments or payments[row.key].version < row.version:
+            payments[row.key] = row
+    entries: dict[tuple[str, str], EntryRow] = {(row.key, row.entry_id): row for history in histories for row in history.entries}
+    sums = fold(entries.values())
+    return {
+        "watermarks": {history.shard: history.lsn for history in histories},
+        "payments": {
+            key: (
+                *(row.slot, row.status, row.version, row.buyer, row.currency, row.amount, row.amount_captured, row.intent),
+                *(terms[key]["items"], sum(share["fee"] for share in terms[key]["shares"]), row.created_at_us),
+            )
+            for key, row in payments.items()
+        },
+        "entries": {
+            name: (row.slot, row.kind, row.currency, row.source, row.accounts, row.amounts, row.sellers, row.created_at_us)
+            for name, row in entries.items()
+        },
+        "links": {(row.balance_transaction, row.key, row.entry_id) for history in histories for row in history.links},
+        "days": {
+            name: (row.payments, row.gross, row.refunded, row.disputed, row.fees, row.net)
+            for name, row in sums.seller_days.items()
+        },
+        "accounts": {name: (total.debit, total.credit) for name, total in sums.accounts.items()},
+        "kinds": {name: (total.entries, total.amount) for name, total in sums.kinds.items()},
+    }

@@ -1,0 +1,154 @@
+"""Random feeds for tests: a shard's history of payments, entries and links, as its log would bring it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+
+from oncepay.cart import Fee, Item, shares_of
+from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow
+from oncepay.ledger import PLATFORM_FEES, STRIPE_CLEARING, Entry, payable, payment_entry, stripe_fee_entry
+
+SELLERS = ["ann", "bob", 'q"uo\\te', "é{}, ", "platform"]
+FIRST_US = 1_790_000_000_000_000
+DAY_US = 86_400_000_000
+FEE = Fee(1000, 30)
+
+
+def slot_of(key: str) -> int:
+    """The slot, as the database has it."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:2], "big")
+
+
+@dataclass
+class History:
+    """One shard's log: commits in order, each with rows at one position."""
+
+    shard: str
+    incarnation: str = "i1"
+    lsn: int = 1000
+    payments: list[PaymentRow] = field(default_factory=list)
+    entries: list[EntryRow] = field(default_factory=list)
+    links: list[LinkRow] = field(default_factory=list)
+
+    def commit(self) -> int:
+        """The position of a new commit."""
+        self.lsn += 100
+        return self.lsn
+
+    def batch(self, from_lsn: int, to_lsn: int, *, epoch: int = 1) -> FeedBatch:
+        """The rows with from_lsn < lsn <= to_lsn."""
+
+        def inside(row: PaymentRow | EntryRow | LinkRow) -> bool:
+            return from_lsn < row.lsn <= to_lsn
+
+        return FeedBatch(
+            self.shard,
+            self.incarnation,
+            epoch,
+            from_lsn,
+            to_lsn,
+            tuple(row for row in self.payments if inside(row)),
+            tuple(row for row in self.entries if inside(row)),
+            tuple(row for row in self.links if inside(row)),
+        )
+
+    def whole(self) -> FeedBatch:
+        """Everything so far, as one batch."""
+        return self.batch(1000, self.lsn)
+
+
+def payment_row(
+    lsn: int, key: str, status: str, version: int, items: list[Item], *, buyer: str = "buyer", currency: str = "usd",
+    captured: int = 0, at_us: int = FIRST_US, terms: bool = True, failure: str = "",
+) -> PaymentRow:  # fmt: skip
+    """A row as a shard's log brings it; without `terms` as when a large value didn't change."""
+    shares = shares_of(items, {}, FEE)
+    text = json.dumps(
+        {
+            "items": [{"seller": item.seller, "amount": item.amount, "quantity": item.quantity} for item in items],
+            "shares": [{"seller": share.seller, "gross": share.gross, "fee": share.fee} for share in shares],
+            "api_version": "v",
+        }
+    )
+    progress = json.dumps({"client_secret": "hush"} | ({"failure": {"code": failure}} if failure else {}))
+    return PaymentRow(
+        lsn, at_us // 1000, slot_of(key), key, status, version, buyer, currency, sum(i.amount * i.quantity for i in items),
+        captured, 0, f"pi_{key}" if status != "created" else None, text if terms else None, progress if terms else None,
+        at_us, at_us + version, at_us + DAY_US,
+    )  # fmt: skip
+
+
+def entry_row(lsn: int, key: str, entry: Entry, at_us: int = FIRST_US) -> EntryRow:
+    """An entry as a shard's log brings it."""
+    return EntryRow(
+        lsn, at_us // 1000, slot_of(key), key, entry.entry_id, entry.kind, entry.currency, entry.source,
+        tuple(p.account for p in entry.postings), tuple(p.amount_minor for p in entry.postings),
+        tuple(p.seller for p in entry.postings), at_us,
+    )  # fmt: skip
+
+
+def refund_row(lsn: int, key: str, paid: EntryRow, at_us: int, kind: str = "refund") -> EntryRow:
+    """A refund (or dispute) of the whole of a payment's entry."""
+    reverse = {STRIPE_CLEARING: "refunds:held"}
+    return EntryRow(
+        lsn, at_us // 1000, paid.slot, key, f"{kind}:{paid.entry_id}", kind, paid.currency, "re_1",
+        tuple(reverse.get(account, account) for account in paid.accounts), tuple(-amount for amount in paid.amounts),
+        paid.sellers, at_us,
+    )  # fmt: skip
+
+
+items_of_a_cart = st.lists(
+    st.builds(Item, seller=st.sampled_from(SELLERS), amount=st.integers(0, 99_999), quantity=st.integers(1, 3)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@st.composite
+def histories(draw: st.DrawFn, shard: str = "s0", prefix: str = "k", max_payments: int = 8) -> History:
+    """A history with payments in several states, refunds, disputes, payouts, several currencies and days."""
+    history = History(shard)
+    for n in range(draw(st.integers(0, max_payments))):
+        _one_payment(draw, history, f"{prefix}{n}")
+    return history
+
+
+def _one_payment(draw: st.DrawFn, history: History, key: str) -> None:
+    items = draw(items_of_a_cart)
+    currency = draw(st.sampled_from(["usd", "eur", "jpy"]))
+    at_us = FIRST_US + draw(st.integers(0, 4 * DAY_US))
+    steps = draw(st.lists(st.sampled_from(["attempted", "confirming", "requires_payment_method"]), max_size=3))
+    for version, status in enumerate(["created", *steps], 1):
+        # as in a log: a large value that didn't change is sometimes not repeated
+        terms = version == 1 or draw(st.booleans())
+        history.payments.append(
+            payment_row(history.commit(), key, status, version, items, currency=currency, at_us=at_us, terms=terms)
+        )
+    if not draw(st.booleans()):
+        return
+    lsn, total = history.commit(), sum(item.amount * item.quantity for item in items)
+    history.payments.append(
+        payment_row(lsn, key, "succeeded", len(steps) + 2, items, currency=currency, captured=total, at_us=at_us)
+    )
+    paid = entry_row(lsn, key, payment_entry(currency, f"ch_{key}", shares_of(items, {}, FEE)), at_us)
+    history.entries.append(paid)
+    if draw(st.booleans()):
+        lsn = history.commit()
+        fee = stripe_fee_entry(currency, f"txn_{key}", draw(st.integers(1, 500)))
+        history.entries.append(entry_row(lsn, key, fee, at_us))
+        history.links += [LinkRow(lsn, 0, slot_of(key), key, e, f"txn_{key}", at_us) for e in (paid.entry_id, fee.entry_id)]
+    kind = draw(st.sampled_from(["", "refund", "dispute", "payout"]))
+    if kind in ("refund", "dispute"):
+        history.entries.append(refund_row(history.commit(), key, paid, at_us + draw(st.integers(0, 2 * DAY_US)), kind))
+    elif kind == "payout":
+        amount = draw(st.integers(1, 1000))
+        sides = (payable("ann"), "tipalti:clearing"), (amount, -amount), ("ann", "")
+        slot, lsn = slot_of(key), history.commit()
+        history.entries.append(EntryRow(lsn, 0, slot, key, "payout:1", "payout", currency, "po", *sides, at_us))
+
+
+__all__ = ["FIRST_US", "PLATFORM_FEES", "SELLERS", "History", "entry_row", "histories", "payment_row", "refund_row", "slot_of"]
