@@ -44,7 +44,7 @@ BATCHES = Counter("oncepay_store_batches_total", "Batches sent to a shard.", ["s
 ROWS = Histogram("oncepay_store_batch_rows", "Operations in a batch.", ["shard"], buckets=(1, 2, 5, 10, 20, 50, 100, 200, 400))
 SECONDS = Histogram("oncepay_store_batch_seconds", "A batch's commit with its evidence.", ["shard"])
 
-_CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 38))})"  # noqa: S608 (placeholders only)
+_CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 37))})"  # noqa: S608 (placeholders only)
 _EVIDENCE = "select at_lsn, proved from oncepay.evidence($1, $2)"
 
 
@@ -52,6 +52,12 @@ class EpochOver(OncepayError):
     """Another worker has taken the shard over."""
 
     slug = "epoch-over"
+
+
+class SchemaMismatch(OncepayError):
+    """The shard's schema is not the one that this version expects; run `oncepay shards migrate`."""
+
+    slug = "schema-mismatch"
 
 
 class EntryView(msgspec.Struct, frozen=True):
@@ -75,6 +81,7 @@ class Answer(msgspec.Struct, frozen=True):
     outcome: str
     payment: Payment | None
     entries: tuple[EntryView, ...] = ()
+    event: str = ""
 
 
 class Connect(Protocol):
@@ -292,7 +299,7 @@ class Batcher:
             else:
                 payment = payment_of(row) if row["key"] is not None else None
                 found = _entries(row["entries"]) if row["entries"] else ()
-                target.future.set_result(Answer(row["outcome"], payment, found))
+                target.future.set_result(Answer(row["outcome"], payment, found, row["event"] or ""))
         for operation in batch:
             if not operation.future.done():  # a barrier, or an intent that no row names
                 operation.future.set_result(Answer("missing", None))
@@ -333,4 +340,6 @@ def _is_data(error: asyncpg.PostgresError) -> bool:
 def _refusal(error: asyncpg.PostgresError) -> OncepayError:
     if _is_data(error):
         return InvalidField(f"the database refused the row: {error}")
+    if error.sqlstate and error.sqlstate[:2] == "42":  # a schema that is not this code's: no retry helps
+        return SchemaMismatch(str(error))
     return ShardUnavailable(f"the shard refused the batch: {error}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -82,11 +83,12 @@ class Shards:
             server_settings={"application_name": self._actor, "idle_in_transaction_session_timeout": "3000", "jit": "off"},
         )
 
-    async def accept(self, payment: Payment, event: str = "accepted") -> tuple[Payment, bool]:
+    async def accept(self, payment: Payment) -> tuple[Payment, bool]:
         """Commit a new row, or find the one that has the key already: `(the row, whether this call made it)`.
 
         The caller compares fingerprints. Raises ShardUnavailable or OutcomeUnknown after the hold, TooBusy at once.
         """
+        event = f"accepted {secrets.token_hex(8)}"
         put = Put(payment, 0, event)
 
         async def attempt(batcher: Batcher) -> tuple[Payment, bool]:
@@ -94,8 +96,7 @@ class Shards:
             if answer.outcome == "done":
                 return payment, True
             assert answer.payment is not None
-            found = answer.payment  # an unknown commit of ours that was read back is ours
-            return found, found.created_at_ms == payment.created_at_ms and found.fingerprint == payment.fingerprint
+            return answer.payment, answer.event == event  # a commit of ours whose outcome was unknown
 
         return await self._held(payment.key, attempt)
 
