@@ -60,7 +60,10 @@ async def orders(
     created_at, key = (after.created_at, after.key) if after else (None, None)
     rows = await connection.fetch(SQL["orders"], buyer, created_at, key, limit + 1)
     page = [_order(row) for row in rows[:limit]]
-    return page, Cursor(page[-1].created_at, page[-1].key) if len(rows) > limit else None
+    if len(rows) <= limit:
+        return page, None
+    last = rows[limit - 1]
+    return page, Cursor(last["created_at"], last["key"])
 
 
 def _order(row: asyncpg.Record) -> Order:
@@ -68,6 +71,8 @@ def _order(row: asyncpg.Record) -> Order:
     members["items"] = _items.decode(row["items"]) if row["items"] else []
     members["platform_fee"] = row["platform_fee"] or 0
     members["failure"] = _failure.decode(row["failure"]) if row["failure"] else msgspec.UNSET
+    for name in ("created_at", "updated_at"):
+        members[name] = row[name].astimezone(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return Order(**members)
 
 

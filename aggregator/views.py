@@ -69,7 +69,7 @@ class OrderFailure(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """A payment, as the router shows it (without its client secret)."""
+    """A payment, as the router shows it (without its client secret). Times in UTC (RFC 3339), to the millisecond."""
 
     key: str
     status: str
@@ -82,8 +82,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     platform_fee: int
     payment_intent: str | None
     failure: OrderFailure | msgspec.UnsetType = msgspec.UNSET
-    created_at: dt.datetime
-    updated_at: dt.datetime
+    created_at: str
+    updated_at: str
     version: int
 
 
