@@ -20,7 +20,7 @@ import pytest
 
 from deploy.os_user import for_postgres
 from deploy.programs import postgres_bin
-from tests.etcd_fixture import die_with_parent, free_ports
+from tests.etcd_fixture import dying_with_parent, free_ports
 
 START_S = 30.0
 PARAMETERS = {
@@ -90,17 +90,9 @@ class PostgresServer:
     def start(self) -> None:
         """Start it, and wait until it takes connections."""
         settings = [part for name, value in self._parameters.items() for part in ("-c", f"{name}={value}")]
-        command = [
-            *self._user.prefix,
-            str(postgres_bin() / "postgres"),
-            "-D",
-            str(self.data_dir),
-            "-p",
-            str(self.port),
-            *settings,
-        ]
+        postgres = dying_with_parent(str(postgres_bin() / "postgres"), "-D", str(self.data_dir), "-p", str(self.port), *settings)
         with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/", preexec_fn=die_with_parent)
+            self.process = subprocess.Popen([*self._user.prefix, *postgres], stdout=log, stderr=log, cwd="/")
         deadline = time.monotonic() + START_S
         while not self._accepts():
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from oncepay.settings import EtcdSettings, Settings, dump
-from tests.etcd_fixture import die_with_parent, free_ports
+from tests.etcd_fixture import dying_with_parent, free_ports
 
 TOKEN = "between-services"
 START_S = 20.0
@@ -61,7 +61,7 @@ def aggregator(dsn: str, *, etcd: EtcdSettings | None = None, wait: bool = True)
         config.write_bytes(dump(settings))
         command = [sys.executable, "-m", "aggregator", "--config", str(config), "--name", "aggregator", "--port", str(port)]
         with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, preexec_fn=die_with_parent)
+            process = subprocess.Popen(dying_with_parent(*command), stdout=out, stderr=out)
         running = Aggregator(process, f"http://127.0.0.1:{port}")
         try:
             deadline = time.monotonic() + START_S
