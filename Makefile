@@ -1,0 +1,61 @@
+# What a person can do here. `make` alone lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check fmt up down bench load faults soak docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+$(STAMP): requirements.txt pyproject.toml deploy/find_python.sh
+	@PYTHON="$(PYTHON)" sh deploy/find_python.sh $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+install: $(STAMP) ## make .venv with all that the project needs
+
+demo: $(STAMP) ## start a cluster, replay 6,919 real purchases, verify, stop (ARGS="--count 500 --keep")
+	$(BIN)/oncepay demo $(ARGS)
+
+test: $(STAMP) check ## the whole test suite, on real Postgres, etcd and Patroni (ARGS="-k name")
+	$(BIN)/python -m pytest -q -m cluster $(ARGS)
+
+check: $(STAMP) ## the fast part: lint, types, import rules, tests that need no cluster
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not cluster" $(ARGS)
+
+fmt: $(STAMP) ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+up: $(STAMP) ## start the local cluster
+	$(BIN)/oncepay up $(ARGS)
+
+down: $(STAMP) ## stop the local cluster (ARGS=--purge deletes its data)
+	$(BIN)/oncepay down $(ARGS)
+
+bench: $(STAMP) ## the benchmarks; results go to docs/benchmarks.md
+	$(BIN)/python -m loadtest.bench $(ARGS)
+
+load: $(STAMP) ## locust for a minute against the local cluster (WEB=1 opens its page)
+	$(BIN)/python -m loadtest.load $(if $(WEB),--web) $(ARGS)
+
+faults: $(STAMP) ## the fault tests, all of them
+	$(BIN)/python -m pytest -q -m "cluster or faults" tests/faults $(ARGS)
+
+soak: $(STAMP) ## replay the purchases again and again with faults, for an hour (ARGS="--minutes 10")
+	$(BIN)/python -m loadtest.soak $(ARGS)
+
+docs: $(STAMP) ## write the generated pages of docs/
+	$(BIN)/python -m cli.docs $(ARGS)
+
+clean: ## delete .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
