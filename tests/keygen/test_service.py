@@ -1,0 +1,244 @@
+"""The key service as processes over a real etcd: each key once, through kills, freezes and outages."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from keygen.blocks import LEASE_TTL_S, RETIRED_KEPT
+from oncepay.apikeys import ApiKey, Scope, digest, new_key
+from oncepay.etcd import Etcd
+from oncepay.keys import MacSecrets, origin
+from oncepay.settings import EtcdSettings
+from tests.etcd_fixture import EtcdCluster, etcd_cluster
+from tests.keygen.harness import Answer, Keygen, http
+
+__all__ = ["etcd_cluster"]
+
+pytestmark = pytest.mark.cluster
+
+LEASE_GONE_S = LEASE_TTL_S + 5
+
+
+def assert_distinct(keys: list[str]) -> None:
+    assert len(set(keys)) == len(keys)
+
+
+def wait_for_replicas(keygen: Keygen, count: int) -> None:
+    """Until etcd knows `count` living replicas."""
+    deadline = time.monotonic() + LEASE_GONE_S
+    while len(keygen.pool()["replicas"]) != count:
+        assert time.monotonic() < deadline, keygen.pool()
+        time.sleep(0.1)
+
+
+def read_all(settings: EtcdSettings, prefix: str) -> list[bytes]:
+    async def read() -> list[bytes]:
+        async with Etcd(settings) as etcd:
+            return [kv.value for kv in (await etcd.get_prefix(prefix))[0]]
+
+    return asyncio.run(read())
+
+
+@pytest.fixture
+def settings(etcd_cluster: EtcdCluster) -> EtcdSettings:
+    return etcd_cluster.settings()
+
+
+@pytest.fixture
+def one(tmp_path: Path, settings: EtcdSettings) -> Iterator[Keygen]:
+    with Keygen(tmp_path, settings, "keygen-1", "--block-keys", "200000") as keygen:
+        yield keygen.wait()
+
+
+def test_keys_are_distinct_and_issued(one: Keygen, settings: EtcdSettings) -> None:
+    keys = [key for count in (1, 1, 7, 999, 10_000, 1) for key in one.issue(count)]
+    assert_distinct(keys)
+    secrets = msgspec.json.decode(read_all(settings, "keys/mac")[0], type=MacSecrets).secrets
+    assert {origin(key, secrets) for key in keys} == {"issued"}
+
+
+@pytest.mark.parametrize(
+    "body", [{"count": 0}, {"count": 10_001}, {"count": -1}, {"count": "1"}, {}, {"count": 1, "x": 1}, [1], 1]
+)
+def test_a_body_that_can_t_be(one: Keygen, body: object) -> None:
+    answer = http("POST", one.url + "/v1/keys", body)
+    assert answer.status == 400
+    assert answer.body["type"].endswith("/malformed-body")
+
+
+def test_the_document_names_what_is_served(one: Keygen) -> None:
+    paths = http("GET", one.url + "/openapi.json").body["paths"]
+    served = {(path, method) for path, methods in paths.items() for method in methods}
+    assert served == {("/v1/keys", "post"), ("/v1/keys/pool", "get")}
+    schema = paths["/v1/keys/pool"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert schema["$ref"] == "#/components/schemas/PoolState"
+    assert set(one.pool()) == set(http("GET", one.url + "/openapi.json").body["components"]["schemas"]["PoolState"]["properties"])
+
+
+def test_a_killed_owner_s_block_goes_on_past_its_watermark(tmp_path: Path, settings: EtcdSettings, one: Keygen) -> None:
+    keys = one.issue(10_000)
+    with Keygen(tmp_path, settings, "keygen-2", "--block-keys", "200000") as two:
+        two.wait()
+        one.kill()
+        wait_for_replicas(two, 1)
+        # More than two blocks' worth: it can't be had without the dead owner's.
+        keys += [key for _ in range(45) for key in two.issue(10_000)]
+        assert_distinct(keys)
+        assert "block taken over" in two.log.read_text()
+
+
+def test_a_frozen_owner_wakes_up_and_issues_nothing_twice(tmp_path: Path, settings: EtcdSettings, one: Keygen) -> None:
+    keys = one.issue(10_000)
+    with Keygen(tmp_path, settings, "keygen-2", "--block-keys", "200000") as two:
+        two.wait()
+        one.freeze()
+        wait_for_replicas(two, 1)
+        keys += [key for _ in range(45) for key in two.issue(10_000)]
+        assert "block taken over" in two.log.read_text()
+        one.thaw()
+        # What it may still issue, and what it gets anew.
+        keys += [key for _ in range(30) for key in one.issue(10_000)]
+        keys += [key for _ in range(10) for key in two.issue(10_000)]
+        assert_distinct(keys)
+        wait_for_replicas(two, 2)
+
+
+def test_an_owner_told_to_end_gives_its_lease_back_at_once(tmp_path: Path, settings: EtcdSettings, one: Keygen) -> None:
+    with Keygen(tmp_path, settings, "keygen-2") as two:
+        two.wait()
+        began = time.monotonic()
+        assert one.stop() == 0
+        wait_for_replicas(two, 1)
+        assert time.monotonic() - began < LEASE_TTL_S / 2
+
+
+def test_without_etcd_it_issues_up_to_the_watermark_then_says_503(tmp_path: Path) -> None:
+    with EtcdCluster(3) as cluster, Keygen(tmp_path, cluster.settings(), "keygen-1") as keygen:
+        keygen.wait()
+        keys = keygen.issue(10_000)
+        cluster.kill()
+        answers: list[Answer] = []
+        not_ready_at: int | None = None
+        while len(answers) < 20 and (not answers or answers[-1].status == 201):
+            answers.append(http("POST", keygen.url + "/v1/keys", {"count": 5_000}))
+            keys += answers[-1].body.get("keys", [])
+            if len(answers) == 6:
+                keygen.wait(ready=True)  # enough is left: an outage alone is no reason
+            if len(answers) == 9:
+                keygen.wait(ready=False)
+                not_ready_at = len(answers)
+        assert not_ready_at is not None, "it was never called not ready before it stopped issuing"
+        assert [answer.status for answer in answers[:-1]] == [201] * (len(answers) - 1)
+        refused = answers[-1]
+        assert refused.status == 503
+        assert refused.body["type"].endswith("/no-keys")
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert len(answers) > not_ready_at
+        assert 55_000 < len(keys) <= 65_536
+        cluster.start()
+        keygen.wait(ready=True)
+        keys += keygen.issue(10_000)
+        assert_distinct(keys)
+
+
+def test_each_key_once_over_replicas_and_restarts(tmp_path: Path, etcd_cluster: EtcdCluster, settings: EtcdSettings) -> None:
+    """Two replicas behind one port issue while members of etcd are killed and frozen, and a replica is killed and replaced."""
+    keys: list[str] = []
+    refused: list[int] = []
+    lock = threading.Lock()
+    stop = threading.Event()
+
+    def client(url: str) -> None:
+        while not stop.is_set():
+            answer = http("POST", url + "/v1/keys", {"count": 100})
+            with lock:
+                if answer.status == 201:
+                    keys.extend(answer.body["keys"])
+                else:
+                    refused.append(answer.status)
+            stop.wait(0.03)
+
+    more = ("--block-keys", "65536")
+    with (
+        Keygen(tmp_path, settings, "keygen-1", *more) as one,
+        Keygen(tmp_path, settings, "keygen-2", *more, port=one.port) as two,
+    ):
+        one.wait()
+        two.wait()
+        with ThreadPoolExecutor(3) as threads:
+            clients = [threads.submit(client, one.shared_url) for _ in range(3)]
+            try:
+                for member in etcd_cluster.members:
+                    member.kill()
+                    stop.wait(1)
+                    etcd_cluster.start()
+                etcd_cluster.members[0].freeze()
+                stop.wait(4)
+                etcd_cluster.members[0].thaw()
+                one.kill()
+                with Keygen(tmp_path, settings, "keygen-1", *more, port=two.port) as three:
+                    three.wait()
+                    stop.wait(2)
+                    assert three.issue(1)
+            finally:
+                stop.set()
+            for each in clients:
+                each.result()
+        assert len(keys) > 20_000
+        assert_distinct(keys)
+        assert set(refused) <= {0}, "only connections to the killed replica may fail"
+    etcd_cluster.wait_healthy()
+
+
+def test_few_records_stay_however_much_is_issued(tmp_path: Path, settings: EtcdSettings) -> None:
+    keys = []
+    with Keygen(tmp_path, settings, "keygen-1", "--block-keys", "65536", "--ahead-s", "1") as keygen:
+        keygen.wait()
+        for _ in range(200):
+            keys += keygen.issue(10_000)
+        assert_distinct(keys)
+        pool = keygen.pool()
+        assert pool["blocks_used_up"] <= RETIRED_KEPT + 3
+        assert len(read_all(settings, "keys/blocks/")) < 30
+        seeds = [msgspec.json.decode(value).get("seed", "") for value in read_all(settings, "keys/blocks/")]
+        assert sum(seed != "" for seed in seeds) <= pool["blocks_free"] + pool["blocks_held"] + 3
+
+
+def test_scopes(tmp_path: Path, settings: EtcdSettings) -> None:
+    pay, operate, slow = new_key(), new_key(), new_key()
+
+    async def add() -> None:
+        async with Etcd(settings) as etcd:
+            records: list[tuple[str, tuple[Scope, ...], float]] = [
+                (pay, ("pay",), 0),
+                (operate, ("operate",), 0),
+                (slow, ("pay",), 2),
+            ]
+            for key, scopes, limit in records:
+                await etcd.put(f"apikeys/{digest(key)}", msgspec.json.encode(ApiKey("test", scopes, limit)))
+
+    asyncio.run(add())
+
+    def call(method: str, path: str, key: str | None, body: object = None) -> int:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return http(method, keygen.url + path, body, headers).status
+
+    with Keygen(tmp_path, settings, "keygen-1", auth=True) as keygen:
+        keygen.wait()
+        assert call("POST", "/v1/keys", pay, {"count": 1}) == 201
+        assert call("POST", "/v1/keys", operate, {"count": 1}) == 403
+        assert call("POST", "/v1/keys", None, {"count": 1}) == 401
+        assert call("POST", "/v1/keys", new_key(), {"count": 1}) == 401
+        assert call("GET", "/v1/keys/pool", operate) == 200
+        assert call("GET", "/v1/keys/pool", pay) == 403
+        assert [call("POST", "/v1/keys", slow, {"count": 1}) for _ in range(3)] == [201, 201, 429]
+        for path in ("/livez", "/readyz", "/openapi.json"):
+            assert call("GET", path, None) == 200
