@@ -54,6 +54,15 @@ def fingerprint_of(body: PaymentBody) -> bytes:
     return hashlib.sha256(text).digest()[:16]
 
 
+def changed_field(row: Payment, body: PaymentBody) -> str:
+    """The first business field in which a body differs from the row that has its key."""
+    if row.buyer != body.buyer:
+        return "buyer"
+    if row.currency != body.currency.lower():
+        return "currency"
+    return "items" if row.terms.items != body.items else "capture_method"
+
+
 def new_payment(key: Key, body: PaymentBody, settings: Settings) -> Payment:
     """The row that this body asks for. Raises InvalidField, InvalidAmount or UnknownCurrency with the field's name."""
     currency = body.currency.lower()

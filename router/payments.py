@@ -9,14 +9,14 @@ from aiohttp import web
 from prometheus_client import Counter
 
 from oncepay.driver import Driver
-from oncepay.errors import InvalidKey, KeyReused, NotFound, PredecessorNotOver
+from oncepay.errors import InvalidKey, KeyReused, NotFound, OncepayError, PredecessorNotOver
 from oncepay.keys import origin, parse_key
 from oncepay.payment import Key, Payment
 from oncepay.service import json_response
 from oncepay.settings import Settings
 from oncepay.transition import AttemptStarted, GiveUp, SuccessorNamed
 from oncepay.web import decode
-from router.bodies import ConfirmBody, PaymentBody, check_payment_method, fingerprint_of, new_payment
+from router.bodies import ConfirmBody, PaymentBody, changed_field, check_payment_method, fingerprint_of, new_payment
 from router.inflight import InFlight
 from router.macs import Macs
 from router.views import payment_view
@@ -47,7 +47,7 @@ class PaymentCalls:
 
     async def submit(self, request: web.Request) -> web.Response:
         """POST /v1/payments: one key, at most one charge."""
-        key = Key(parse_key(request.headers.get("Idempotency-Key")))
+        key = _key_of(request)
         source = origin(key, self._macs.secrets())
         if source == "client" and not self._settings.client_keys:
             raise InvalidKey("this deployment takes keys of its key service only")
@@ -71,7 +71,8 @@ class PaymentCalls:
     async def _replay(self, request: web.Request, row: Payment, body: PaymentBody) -> web.Response:
         if row.fingerprint != fingerprint_of(body):
             ACCEPTED.labels("key_reused").inc()
-            raise KeyReused(f"{row.key} names a payment of {row.amount} {row.currency} with other fields")
+            field = changed_field(row, body)
+            raise KeyReused(f"{row.key} names a payment of {row.amount} {row.currency} with another {field}", field=field)
         ACCEPTED.labels("replayed").inc()
         return await self._answer(request, row, created=False)
 
@@ -126,6 +127,14 @@ class PaymentCalls:
         payment = await self._in_flight.wait(payment, wait_s(request))
         headers = {} if payment.settled else {"Location": _location(payment.key)}
         return json_response(payment_view(payment), 200 if payment.settled else 202, headers)
+
+
+def _key_of(request: web.Request) -> Key:
+    try:
+        return Key(parse_key(request.headers.get("Idempotency-Key")))
+    except OncepayError as error:
+        error.field = error.field or "Idempotency-Key"
+        raise
 
 
 def _location(key: str) -> str:

@@ -318,18 +318,30 @@ class Batcher:
 
     async def barrier(self, nonce: str) -> None:
         """Commit a transactional message with `nonce` and see the evidence, in a session of its own."""
+        await self._in_barrier_session("select pg_logical_emit_message(true, 'oncepay', $1::text)", nonce)
+
+    async def take_epoch(self, holder: str) -> int:
+        """Become the shard's active worker: waits out the transactions of the one before, and uses the epoch from now on.
+
+        Raises OutcomeUnknown: then take another.
+        """
+        self.epoch = int(await self._in_barrier_session("select oncepay.take_epoch($1)", holder))
+        return self.epoch
+
+    async def _in_barrier_session(self, query: str, argument: str) -> Any:
         async with self._barrier_lock:
             connection = self._barrier_session
             try:
                 if connection is None or connection.is_closed():
                     node = await self._leaders.wait(self.shard, CONNECT_S)
                     connection = self._barrier_session = await self._opened(node)
-                await connection.execute("select pg_logical_emit_message(true, 'oncepay', $1::text)", nonce)
+                value = await connection.fetchval(query, argument)
                 await self._prove(connection)
             except (OSError, TimeoutError, OutcomeUnknown, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
                 if connection is not None:
                     connection.terminate()
                 raise OutcomeUnknown(f"barrier on {self.shard}: {error!r}") from error
+            return value
 
 
 def _is_data(error: asyncpg.PostgresError) -> bool:
