@@ -61,9 +61,9 @@ async def _serve(service: Service, host: str, port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     server = web.Server(service.handle, access_log=None, keepalive_timeout=75.0)
-    runner = web.ServerRunner(server)
+    runner = web.ServerRunner(server, shutdown_timeout=2.0)
     await runner.setup()
-    site = web.TCPSite(runner, host, port, backlog=BACKLOG, shutdown_timeout=2.0)
+    site = web.TCPSite(runner, host, port, backlog=BACKLOG)
     await site.start()
     listening = runner.addresses[0][1]
     url = f"http://{host}:{listening}"

@@ -16,7 +16,7 @@ def expand(world: World, view: JsonObject, paths: list[str]) -> JsonObject:
         raise errors.invalid(f"You cannot expand more than {PATHS_MAX} properties.", param="expand")
     for path in paths:
         steps = path.split(".")
-        if view.get("object") == "list":
+        if view.get("object") in ("list", "search_result"):
             if steps[0] != "data":
                 raise _refused(path)
             steps = steps[1:]

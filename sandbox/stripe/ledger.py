@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from sandbox import ids
 from sandbox.store import SqlValue
 from sandbox.stripe import errors, listing, model, views
 from sandbox.stripe.call import Call, Object, Result
-from sandbox.stripe.forms import Json
+from sandbox.stripe.forms import Json, JsonObject
 from sandbox.stripe.listing import COMMON, of_table
 from sandbox.stripe.world import World, need
 
@@ -97,6 +99,47 @@ def _of_source(world: World, source: str) -> list[model.BalanceTransaction]:
         if kind != "charge":
             named.append(row.failure_balance_transaction)
     return [found for name in named if name and (found := world.balance_transactions.get(name)) is not None]
+
+
+class Posting(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /_control/balance_transactions`: one of Stripe's other postings. Amounts in minor units."""
+
+    type: str
+    amount: int
+    currency: str = "usd"
+    fee: int = 0
+    description: str = ""
+
+
+OTHER_CATEGORIES = {
+    "adjustment": "other_adjustment",
+    "stripe_fee": "fee",
+    "topup": "topup",
+    "topup_reversal": "topup_reversal",
+    "reserve_transaction": "risk_reserved_funds",
+    "reserved_funds": "risk_reserved_funds",
+    "contribution": "contribution",
+}
+"""Reporting category by type, for what the sandbox posts on request."""
+
+
+def post_other(world: World, asked: Posting) -> JsonObject:
+    """Post a balance transaction that no payment caused (a billing fee, a reserve, a top-up, an adjustment)."""
+    category = OTHER_CATEGORIES.get(asked.type)
+    if category is None:
+        raise ValueError(f"type is one of {', '.join(sorted(OTHER_CATEGORIES))}")
+    row = model.BalanceTransaction(
+        id=world.balance_transactions.new_id(),
+        created=world.now_s(),
+        amount=asked.amount,
+        currency=asked.currency.lower(),
+        type=asked.type,
+        reporting_category=category,
+        available_on=world.now_s(),
+        fee=asked.fee,
+        description=asked.description or None,
+    )
+    return views.balance_transaction(world, world.balance_transactions.save(row))
 
 
 def totals(world: World) -> dict[str, tuple[int, int]]:

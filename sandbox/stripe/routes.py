@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from sandbox.stripe import disputes, feed, intents, ledger, methods, refunds
+from sandbox.stripe import customers, disputes, feed, intents, ledger, methods, payouts, refunds, search
 from sandbox.stripe.call import Handler
 
 
@@ -19,6 +19,7 @@ class Route(msgspec.Struct, frozen=True):
 _API: list[tuple[str, str, Handler]] = [
     ("POST", "payment_intents", intents.create),
     ("GET", "payment_intents", intents.index),
+    ("GET", "payment_intents/search", search.intents),
     ("GET", "payment_intents/{id}", intents.retrieve),
     ("POST", "payment_intents/{id}", intents.update),
     ("POST", "payment_intents/{id}/confirm", intents.confirm),
@@ -46,7 +47,18 @@ _API: list[tuple[str, str, Handler]] = [
     ("POST", "payment_methods/{id}", methods.update),
     ("POST", "payment_methods/{id}/attach", methods.attach),
     ("POST", "payment_methods/{id}/detach", methods.detach),
+    ("POST", "customers", customers.create),
+    ("GET", "customers", customers.index),
+    ("GET", "customers/{id}", customers.retrieve),
+    ("POST", "customers/{id}", customers.update),
+    ("DELETE", "customers/{id}", customers.delete),
     ("GET", "customers/{id}/payment_methods", methods.index),
+    ("POST", "payouts", payouts.create),
+    ("GET", "payouts", payouts.index),
+    ("GET", "payouts/{id}", payouts.retrieve),
+    ("POST", "payouts/{id}", payouts.update),
+    ("POST", "payouts/{id}/cancel", payouts.cancel),
+    ("POST", "payouts/{id}/reverse", payouts.reverse),
     ("GET", "events", feed.list_events),
     ("GET", "events/{id}", feed.retrieve_event),
     ("POST", "webhook_endpoints", feed.create_endpoint),

@@ -14,7 +14,7 @@ CREATE INDEX IF NOT EXISTS disputes_charge ON disputes (charge);
 CREATE INDEX IF NOT EXISTS disputes_intent ON disputes (intent);
 CREATE TABLE IF NOT EXISTS payment_methods (ord INTEGER PRIMARY KEY, created INTEGER NOT NULL, data BLOB NOT NULL, customer TEXT);
 CREATE INDEX IF NOT EXISTS payment_methods_customer ON payment_methods (customer) WHERE customer IS NOT NULL;
-CREATE TABLE IF NOT EXISTS customers (ord INTEGER PRIMARY KEY, created INTEGER NOT NULL, data BLOB NOT NULL, email TEXT);
+CREATE TABLE IF NOT EXISTS customers (ord INTEGER PRIMARY KEY, created INTEGER NOT NULL, data BLOB NOT NULL, deleted INTEGER, email TEXT);
 CREATE TABLE IF NOT EXISTS payouts (ord INTEGER PRIMARY KEY, created INTEGER NOT NULL, data BLOB NOT NULL, status TEXT);
 CREATE TABLE IF NOT EXISTS events (ord INTEGER PRIMARY KEY, created INTEGER NOT NULL, data BLOB NOT NULL, type INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS events_type ON events (type, ord);

@@ -15,7 +15,7 @@ from sandbox import ids
 from sandbox.control import PREFIX as CONTROL_PREFIX
 from sandbox.control import Control, reply
 from sandbox.serve import drop
-from sandbox.stripe import charging, errors, feed, refunds, routes, threeds, views
+from sandbox.stripe import charging, errors, feed, ledger, payouts, refunds, routes, threeds, views
 from sandbox.stripe.call import Call, Object, Result
 from sandbox.stripe.events import Events
 from sandbox.stripe.expand import expand
@@ -50,11 +50,12 @@ class StripeService:
         self._rate_limit = rate_limit
         charging.register(self.world)
         refunds.register(self.world)
+        payouts.register(self.world)
         self._control = Control(
             clock=self.world.clock,
             counts=self.world.counts,
             faults=self.world.faults,
-            more={("POST", "roll_secret"): self._roll_secret},
+            more={("POST", "roll_secret"): self._roll_secret, ("POST", "balance_transactions"): self._post_balance},
         )
 
     async def start(self, url: str) -> None:
@@ -72,6 +73,10 @@ class StripeService:
     def _roll_secret(self, body: bytes) -> object:
         asked = msgspec.json.decode(body, type=RollSecret)
         return feed.roll_secret(self.world, asked.endpoint, asked.expires_in_s)
+
+    def _post_balance(self, body: bytes) -> object:
+        asked = msgspec.json.decode(body, type=ledger.Posting)
+        return ledger.post_other(self.world, asked)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
@@ -148,8 +153,10 @@ class StripeService:
         key = request.headers.get("Idempotency-Key") if request.method == "POST" else None
         latency_s = self.world.faults.between("latency_ms", route.name) / 1_000
         ticket: int | None = None
+        mark = b""
         if key:
-            found = self._idempotency.begin(api_key, key, fingerprint(request.path, flat))
+            mark = fingerprint(request.path, flat)
+            found = self._idempotency.begin(api_key, key, mark)
             if isinstance(found, Answer):
                 if latency_s:
                     await asyncio.sleep(latency_s)
@@ -166,9 +173,7 @@ class StripeService:
         try:
             if latency_s:
                 await asyncio.sleep(latency_s / 2)
-            status, data, failure = self._execute(
-                route, call, ticket, fingerprint(request.path, flat) if ticket is not None else b""
-            )
+            status, data, failure = self._execute(route, call, ticket, mark)
         finally:
             if ticket is not None:
                 self._idempotency.release(ticket)

@@ -79,7 +79,10 @@ class World:
             "customers",
             "cus_",
             model.Customer,
-            {"email": lambda row: str(row.extra["email"]) if row.extra and row.extra.get("email") else None},
+            {
+                "deleted": lambda row: int(row.deleted),
+                "email": lambda row: str(row.extra["email"]) if row.extra and row.extra.get("email") else None,
+            },
         )
         self.payouts = Table(store, "payouts", "po_", model.Payout, {"status": lambda row: row.status})
         self.endpoints = Table(store, "webhook_endpoints", "we_", model.WebhookEndpoint)
@@ -103,6 +106,11 @@ class World:
     def now_s(self) -> int:
         """The clock's whole seconds since 1970, as objects carry them."""
         return int(self.clock.now())
+
+
+def _email(row: model.Customer) -> str | None:
+    value = (row.extra or {}).get("email")
+    return value if isinstance(value, str) else None
 
 
 def need(table: Table[R], identifier: str, kind: str, param: str) -> R:
