@@ -24,7 +24,7 @@ FEEDBACK_S = 5.0
 """How often the position is repeated; well under any sensible wal_sender_timeout, also while reading is paused."""
 SILENT_S = 15.0
 """A server that answered nothing for so long, though asked, is given up."""
-WAITING_BYTES_MAX = 8 << 20
+WAITING_BYTES_MAX = 1 << 20
 """Undelivered payload beyond which reading from the socket pauses: the server then waits for us."""
 FRAME_BYTES_MAX = 256 << 20
 

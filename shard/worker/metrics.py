@@ -1,0 +1,22 @@
+"""What a worker counts."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+ACTIVE = Gauge("oncepay_worker_active", "1 while this process is the shard's active worker.", ["shard"])
+EPOCH = Gauge("oncepay_worker_epoch", "The epoch that this process holds or held last.", ["shard"])
+
+LAG_BYTES = Gauge("oncepay_feed_behind_bytes", "From the aggregator's watermark to the end of the shard's log.", ["shard"])
+LAG_SECONDS = Gauge("oncepay_feed_behind_seconds", "Age of the oldest change that the aggregator has not applied.", ["shard"])
+FORWARDED = Counter("oncepay_feed_forwarded_rows", "Changes that the aggregator has applied.", ["shard"])
+BATCHES = Counter("oncepay_feed_posts", "Batches sent to the aggregator, by outcome.", ["shard", "outcome"])
+BARRIERS = Counter("oncepay_feed_barriers", "Barriers of the feed, by outcome.", ["shard", "outcome"])
+BARRIER_SECONDS = Histogram("oncepay_feed_barrier_seconds", "From a barrier's start until it was certain.", ["shard"])
+CONNECTS = Counter("oncepay_feed_connections", "Replication connections opened, by outcome.", ["shard", "outcome"])
+HALTED = Gauge("oncepay_feed_halted", "1 while the feed stands still until an operator acts.", ["shard"])
+
+PENDING = Gauge("oncepay_pending_payments", "Payments with open work, by status.", ["shard", "status"])
+POLLS = Counter("oncepay_polls", "Open payments looked at, by how and by what came of it.", ["shard", "how", "outcome"])
+LISTED = Counter("oncepay_poll_listed", "Objects read in lists while polling.", ["shard", "what"])
+CIRCUIT_OPEN = Gauge("oncepay_poll_circuit_open", "1 while polling pauses because Stripe is down.", ["shard"])

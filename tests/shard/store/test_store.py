@@ -1,0 +1,181 @@
+"""The store on a real shard of three nodes: one row a key, batches, fences, and nothing answered before the quorum has it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import asyncpg
+import pytest
+from msgspec.structs import replace
+
+from deploy.local import Cluster
+from oncepay.errors import InvalidField
+from oncepay.etcd import Etcd
+from oncepay.payment import Charge, IntentView, Payment, Status
+from oncepay.ports import StaleView
+from oncepay.transition import AttemptStarted, GiveUp, IntentCreated, IntentSeen
+from shard.store.store import Shards
+from tests.shard.store.conftest import MakePayment
+
+pytestmark = pytest.mark.cluster
+
+
+async def test_one_key_makes_one_row(cluster: Cluster, store: Shards, make: MakePayment) -> None:
+    settings = cluster.settings
+    payment = make()
+    async with Etcd(settings.etcd) as etcd:
+        other = Shards(etcd, settings, role="oncepay_router", password=settings.postgres.router_password, actor="other")
+        await other.start()
+        try:
+            answers = await asyncio.gather(*(each.accept(payment) for _ in range(40) for each in (store, other)))
+        finally:
+            await other.stop()
+    assert sum(created for _, created in answers) == 1
+    assert {row.key for row, _ in answers} == {payment.key}
+    found = await store.get(payment.key)
+    assert found is not None
+    assert found == replace(payment, updated_at_ms=found.updated_at_ms)
+
+
+async def test_a_payment_comes_back_as_it_was_stored(store: Shards, make: MakePayment) -> None:
+    row, _ = await store.accept(make())
+    row = await store.apply(row, IntentCreated(f"pi_{row.key}", "secret"), AttemptStarted(1, "pm_card_visa"), event="test")
+    view = IntentView(row.intent, "succeeded", 1000, charge=Charge("ch_1", "succeeded", f"txn_{row.key}", 59, 941, 1000, "usd"))
+    row = await store.apply(row, IntentSeen(view), event="test")
+    assert row.version == 3
+    found = await store.get_with_entries(row.key)
+    assert found is not None
+    assert found[0] == row
+    assert [entry.kind for entry in found[1]] == ["payment", "stripe_fee"]
+    assert all(sum(entry.amounts) == 0 for entry in found[1])
+    assert await store.by_intent(row.intent) == row
+
+
+async def test_a_change_is_compared_with_the_version(store: Shards, make: MakePayment) -> None:
+    row, _ = await store.accept(make())
+    first = await store.apply(row, IntentCreated(f"pi_{row.key}", "secret"), event="test")
+    with pytest.raises(StaleView) as stale:  # `row` is old now: a look that was made then must not be applied
+        await store.apply(replace(row, intent=first.intent), IntentSeen(IntentView(first.intent, "processing")), event="test")
+    assert stale.value.payment == first
+    given_up = await store.apply(row, GiveUp("requested"), event="test")  # a command is applied to the row as it is
+    assert (given_up.status, given_up.version) == (Status.CANCELING, 3)
+
+
+async def test_a_poisonous_row_fails_alone(store: Shards, make: MakePayment) -> None:
+    good = [make() for _ in range(60)]
+    bad = make(amount=0)  # the database refuses it; the router would have, long before
+    answers = await asyncio.gather(*(store.accept(p) for p in [*good[:30], bad, *good[30:]]), return_exceptions=True)
+    assert isinstance(answers[30], InvalidField)
+    made = [answer for answer in answers if isinstance(answer, tuple)]
+    assert len(made) == 60
+    assert all(created for _, created in made)
+
+
+VALUES = "'x', 'e', 'k', 'usd', 's', '{a,b}', '{1,%d}', '{\"\",\"\"}', now()"
+REFUSED = {
+    "an entry that doesn't balance": (
+        f"insert into oncepay.entries values (oncepay.slot_of('x'), {VALUES % -2})",
+        "entries_balance",
+    ),
+    "a slot that isn't the key's": (
+        f"insert into oncepay.entries values (1, {VALUES % -1})",
+        "entries_slot_of_key",
+    ),
+    "a change of an entry": ("update oncepay.entries set kind = 'other'", "append_only"),
+    "the end of an entry": ("delete from oncepay.entries", "append_only"),
+    "the end of all entries": ("truncate oncepay.entries cascade", "append_only"),
+    "a change of a balance link": ("update oncepay.balance_links set entry_id = 'other'", "append_only"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+async def test_the_database_refuses(leader: asyncpg.Connection, what: str) -> None:
+    """Even from a superuser."""
+    statement, constraint = REFUSED[what]
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError) as caught:
+        await leader.execute(statement)
+    assert caught.value.constraint_name == constraint
+
+
+async def test_the_database_keeps_terminal_terminal(store: Shards, leader: asyncpg.Connection, make: MakePayment) -> None:
+    row, _ = await store.accept(make())
+    await store.apply(row, GiveUp("requested"), event="test")
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError) as caught:
+        await leader.execute("update oncepay.payments set status = 'created', version = version + 1 where key = $1", row.key)
+    assert caught.value.constraint_name == "payments_terminal_is_terminal"
+
+
+async def test_a_write_that_meets_the_fence_is_not_committed_behind_it(
+    store: Shards, leader: asyncpg.Connection, make: MakePayment
+) -> None:
+    """The interleaving: a write waits for the range's lock while the fence takes the range away under it."""
+    payment = make()
+    fence = leader.transaction()
+    await fence.start()
+    await leader.execute("select pg_advisory_xact_lock(1, 0)")
+    waiting = asyncio.create_task(store.accept(payment))
+    for _ in range(200):
+        blocked = await leader.fetchval(
+            "select count(*) from pg_locks where locktype = 'advisory' and classid = 1 and objid = 0 and not granted"
+        )
+        if blocked:
+            break
+        await asyncio.sleep(0.02)
+    assert blocked == 1
+    await leader.execute("delete from oncepay.ranges where first = 0")
+    await fence.commit()
+    try:
+        await asyncio.sleep(0.3)
+        assert not waiting.done()  # refused by the database, held by the store
+        assert await leader.fetchval("select count(*) from oncepay.payments where key = $1", payment.key) == 0
+    finally:
+        await leader.execute("insert into oncepay.ranges values (0, 32767, 2)")
+    row, created = await waiting
+    assert created
+    assert row.key == payment.key
+
+
+@contextmanager
+def frozen(cluster: Cluster, nodes: list[str]) -> Iterator[None]:
+    """The nodes' walreceivers stand still, so that nothing is acknowledged by them."""
+    import psutil
+
+    stopped: list[int] = []
+    try:
+        for node in nodes:
+            postmaster = cluster.postmaster_pid(node)
+            assert postmaster is not None
+            for child in psutil.Process(postmaster).children():
+                if "walreceiver" in " ".join(child.cmdline()):
+                    os.kill(child.pid, signal.SIGSTOP)
+                    stopped.append(child.pid)
+        assert len(stopped) == len(nodes)
+        yield
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+
+
+async def test_nothing_is_answered_that_no_standby_has(cluster: Cluster, store: Shards, make: MakePayment) -> None:
+    """With both standbys standing still neither a new row, nor a replay, nor a read is answered: the transactions of the
+    latter two write nothing of their own, and would be answered at once without the message that each batch emits."""
+    known, _ = await store.accept(make())
+    leader = store.leaders.current("s0")
+    assert leader is not None
+    standbys = [f"s0-{n}" for n in (1, 2, 3) if f"s0-{n}" != leader.name]
+    fresh = make()
+    with frozen(cluster, standbys):
+        calls: dict[str, asyncio.Task[object]] = {
+            "new": asyncio.create_task(store.accept(fresh)),
+            "replay": asyncio.create_task(store.accept(known)),
+            "read": asyncio.create_task(store.get(known.key)),
+        }
+        done, _ = await asyncio.wait(calls.values(), timeout=1.5)
+        assert not done
+    answers = dict(zip(calls, await asyncio.wait_for(asyncio.gather(*calls.values()), 20), strict=True))
+    assert isinstance(answers["read"], Payment)
+    assert answers["read"].key == known.key
