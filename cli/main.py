@@ -20,6 +20,7 @@ COMMANDS = {
     "up": Entry("cli.up", "up", "Start the local cluster."),
     "down": Entry("cli.down", "down", "Stop the local cluster; its data stays."),
     "status": Entry("cli.status", "status", "Show what runs, where, and how well."),
+    "keys": Entry("cli.keys", "keys", "Take idempotency keys, and look after their pool."),
     "demo": Entry("cli.demo", "demo", "Replay 6,919 real purchases on a cluster of its own, and verify."),
 }
 

@@ -45,10 +45,14 @@ Origin = Literal["issued", "unproven", "client"]
 
 
 class MacSecrets(msgspec.Struct, frozen=True):
-    """The record `keys/mac`: secrets by number (0 to 255), and the number that new keys are made with."""
+    """The record `keys/mac`: secrets by number (0 to 255), and the number that new keys are made with.
+
+    `added_at` is when the newest was added (seconds since the epoch): routers have to know it before it is used.
+    """
 
     current: int
     secrets: dict[int, bytes]
+    added_at: float = 0.0
 
 
 def slot(key: str) -> int:

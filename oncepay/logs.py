@@ -26,6 +26,13 @@ Logger = structlog.typing.FilteringBoundLogger
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
+def _to_stderr(*_: object) -> structlog.PrintLogger:
+    return structlog.PrintLogger(sys.stderr)
+
+
+structlog.configure(logger_factory=_to_stderr)
+
+
 def get_logger(name: str) -> Logger:
     """A logger whose lines carry `component=name`. An event is a short sentence, its values are keyword arguments."""
     logger: Logger = structlog.get_logger(component=name)

@@ -229,6 +229,7 @@ class Service:
                 self.check("api_keys", self._api_keys_read)
             await stack.enter_async_context(start(self))
             stack.push_async_callback(self._end_tasks)
+            self.spawn(self.etcd.warn_of_old_members(), "etcd-versions")
             self.app.router.add_route(
                 "*", "/{rest:.*}", self._wrap(self._no_such_route, telemetry.RequestMetrics("*", "*"), None)
             )

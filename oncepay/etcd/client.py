@@ -53,9 +53,8 @@ class Etcd:
         await self.close()
 
     async def connect(self) -> None:
-        """Start connecting, and look at the servers' versions in the background. Never fails because etcd is away."""
+        """Start connecting. Never fails because etcd is away."""
         self.members.current().open()
-        self._keep(asyncio.create_task(self._warn_of_old_members(), name="etcd-versions"))
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -159,7 +158,8 @@ class Etcd:
 
         return dict(await asyncio.gather(*(ask(member) for member in self.members)))
 
-    async def _warn_of_old_members(self) -> None:
+    async def warn_of_old_members(self) -> None:
+        """Log a warning for each member whose version is known to lose consistency on a crash."""
         for endpoint, version in (await self.member_versions()).items():
             if version in ("3.5.0", "3.5.1", "3.5.2"):
                 advice = "can lose consistency on a crash; use 3.5.21 or later in production"

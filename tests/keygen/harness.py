@@ -54,7 +54,8 @@ class Keygen:
         self.url = f"http://127.0.0.1:{own}"
         self.shared_url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{name}-{own}.log"
-        config = folder / f"{name}-{own}.toml"
+        self.etcd = etcd
+        self.config = config = folder / f"{name}-{own}.toml"
         config.write_bytes(dump(Settings(etcd=etcd, auth=auth, log_level=log_level)))
         ports = ("--port", str(self.port), "--own-port", str(own))
         command = [sys.executable, "-m", "keygen", "--config", str(config), "--name", name, *ports, *more]
