@@ -61,8 +61,7 @@ class Events:
     def __init__(self, world: World) -> None:
         self._world = world
         self.table = Table(world.store, "events", "evt_", model.Event, {"type": lambda row: NUMBER[row.type]})
-        self.webhooks = Webhooks(world, self.show)
-        self.webhooks.load_events(self.table)
+        self.webhooks = Webhooks(world, self.table, self.show)
         self.request: str | None = None
         self.idempotency_key: str | None = None
 
@@ -93,7 +92,7 @@ class Events:
 
     def show(self, event: model.Event) -> JsonObject:
         """An event in Stripe's shape."""
-        return views.event(self._world, event, self.webhooks.pending[event.id])
+        return views.event(self._world, event, self.webhooks.deliveries.pending[event.id])
 
 
 def _members(event: model.Event) -> dict[str, Any]:

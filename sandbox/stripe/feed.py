@@ -61,7 +61,7 @@ def list_events(world: World, call: Call) -> Result:
         rows = rows[: window.limit + 1]
     delivered = params.boolean("delivery_success")
     if delivered is not None:
-        rows = [row for row in rows if (row.id not in world.events.webhooks.pending) == delivered]
+        rows = [row for row in rows if (row.id not in world.events.webhooks.deliveries.pending) == delivered]
     return listing.answer(rows, window, "/v1/events", world.events.show)
 
 

@@ -27,7 +27,3 @@ CREATE TABLE IF NOT EXISTS intent_metadata (pair INTEGER NOT NULL, intent INTEGE
 CREATE TABLE IF NOT EXISTS idempotency (ord INTEGER PRIMARY KEY, hash INTEGER NOT NULL, created INTEGER NOT NULL,
   fingerprint BLOB NOT NULL, status INTEGER NOT NULL, kind TEXT NOT NULL, data BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS idempotency_hash ON idempotency (hash);
-
--- Webhook deliveries that haven't been answered 2xx yet, by event and endpoint.
-CREATE TABLE IF NOT EXISTS deliveries (ord INTEGER PRIMARY KEY, event TEXT NOT NULL, endpoint TEXT NOT NULL, attempt INTEGER NOT NULL,
-  due REAL NOT NULL, first REAL NOT NULL);

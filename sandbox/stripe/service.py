@@ -61,13 +61,13 @@ class StripeService:
     async def start(self, url: str) -> None:
         """Begin; see `serve.Service`."""
         self.world.url = url
-        self.world.events.webhooks.start()
+        self.world.events.webhooks.deliveries.start()
         self.world.timers.arm()
 
     async def stop(self) -> None:
         """End; see `serve.Service`."""
         self.world.timers.stop()
-        await self.world.events.webhooks.stop()
+        await self.world.events.webhooks.deliveries.stop()
         self.world.store.close()
 
     def _roll_secret(self, body: bytes) -> object:

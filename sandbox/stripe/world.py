@@ -10,6 +10,7 @@ from sandbox import ids
 from sandbox.clock import SCHEMA as CLOCK_SCHEMA
 from sandbox.clock import Clock, Timers
 from sandbox.counts import Counts
+from sandbox.delivery import SCHEMA as DELIVERY_SCHEMA
 from sandbox.faults import Faults
 from sandbox.store import Row, Store, Table
 from sandbox.stripe import errors, model
@@ -31,7 +32,7 @@ class World:
     metadata: MetadataIndex
 
     def __init__(self, state: Path | None) -> None:
-        self.store = Store(state, CLOCK_SCHEMA + SCHEMA_FILE.read_text())
+        self.store = Store(state, CLOCK_SCHEMA + DELIVERY_SCHEMA + SCHEMA_FILE.read_text())
         self.counts = Counts()
         self.faults = Faults(self.counts)
         self.clock = Clock(self.store)

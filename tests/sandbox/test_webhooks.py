@@ -66,7 +66,7 @@ async def test_retried_with_growing_gaps_until_2xx(fresh: Any, box: Receiver) ->
     box.answer = lambda event: 200 if len(box.events) == 3 else 500
     stand_in = fresh()
     async with stripe_client(stand_in.url) as client:
-        await endpoint(client, box, "payment_intent.succeeded")
+        made = await endpoint(client, box, "payment_intent.succeeded")
         await client.v1.payment_intents.create_async(PAID)
         for gap_s, sent in ((1, 1), (2, 2)):
             await box.until(lambda events, sent=sent: len(events) == sent)  # type: ignore[misc]
@@ -75,7 +75,8 @@ async def test_retried_with_growing_gaps_until_2xx(fresh: Any, box: Receiver) ->
             stand_in.advance(0.7)
         await box.until(lambda events: len(events) == 3)
         assert len({event["id"] for event in box.events}) == 1
-        assert len({signature for _, signature in box.raw}) == 3
+        for body, signature in box.raw:
+            stripe.Webhook.construct_event(body, signature, made.secret)
         counts = stand_in.control("GET", "counts")["webhooks"]
         assert (counts["sent"], counts["failed"]) == (3, 2)
 
@@ -94,6 +95,7 @@ async def test_two_secrets_while_one_rolls(fresh: Any, box: Receiver) -> None:
         stand_in.advance(25 * 3600)
         await client.v1.payment_intents.create_async(PAID)
         await box.until(lambda events: len(events) == 2)
+        stripe.Webhook.construct_event(*box.raw[1], new)
         assert box.raw[1][1].count("v1=") == 1
 
 
