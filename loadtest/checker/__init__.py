@@ -1,0 +1,10 @@
+"""Checks the promises from outside: the shards' rows, Stripe's lists and the aggregator, row by row.
+
+It imports nothing of the project, so that an error there is not repeated here: how a slot is made, how a split is
+rounded and how revenue adds up is written down a second time.
+"""
+
+from loadtest.checker.model import CheckerError, Difference, Misread, Report, ShardTarget, Target, Unreachable
+from loadtest.checker.verify import verify
+
+__all__ = ["CheckerError", "Difference", "Misread", "Report", "ShardTarget", "Target", "Unreachable", "verify"]

@@ -1,0 +1,28 @@
+-- What the checker reads of a shard, in one REPEATABLE READ transaction.
+
+-- name: ranges
+select first, last from oncepay.ranges order by first
+
+-- name: payments
+select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, coalesce(intent, ''),
+       terms::text, coalesce(progress ->> 'charge', ''), progress ->> 'stripe_fee' is not null, expires_at < now()
+from oncepay.payments
+
+-- name: entries
+select slot, key, entry_id, kind, currency, source, accounts, amounts, sellers,
+       (extract(epoch from created_at) * 1000000)::bigint
+from oncepay.entries
+
+-- name: links
+select balance_transaction, key, entry_id from oncepay.balance_links
+
+-- name: counts
+-- Served by the partial index on what is open: cheap enough to ask again and again.
+select count(*) filter (where status not in ('succeeded', 'failed', 'canceled')) as open,
+       count(*) filter (
+           where status in ('created', 'confirming', 'processing', 'canceling') or status = 'succeeded'
+              or (status = 'attempted' and terms ->> 'payment_method' is not null)
+              or (status = 'requires_payment_method' and terms ->> 'on_decline' = 'fail')
+              or expires_at < now()) as driven
+from oncepay.payments
+where status not in ('succeeded', 'failed', 'canceled') or (status = 'succeeded' and progress ->> 'stripe_fee' is null)
