@@ -49,6 +49,9 @@ REQUEST_ID_CHARACTERS = 64
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Check = Callable[[], Awaitable[None]]
 
+_REQUEST_ID = web.RequestKey("request_id", str)
+_API_KEY = web.RequestKey("api_key", ApiKey)
+
 _log = logs.get_logger("service")
 
 
@@ -71,14 +74,13 @@ class Internal(OncepayError):
 
 def api_key(request: web.Request) -> ApiKey:
     """Who sent the request; on a public route nobody in particular."""
-    key: ApiKey = request.get("api_key", NO_AUTH)
+    key: ApiKey = request.get(_API_KEY, NO_AUTH)
     return key
 
 
 def request_id(request: web.Request) -> str:
     """The request's id: what the client sent as X-Request-Id, else one of ours."""
-    value: str = request["request_id"]
-    return value
+    return request[_REQUEST_ID]
 
 
 class Service:
@@ -158,11 +160,11 @@ class Service:
             given = headers.get("X-Request-Id")
             if given is None or len(given) > REQUEST_ID_CHARACTERS or not (given.isascii() and given.isprintable()):
                 given = next(ids)
-            request["request_id"] = given
+            request[_REQUEST_ID] = given
             response: web.StreamResponse
             try:
                 if check is not None and scope is not None:
-                    request["api_key"] = check(headers.get("Authorization"), scope)
+                    request[_API_KEY] = check(headers.get("Authorization"), scope)
                 response = await handler(request)
             except Exception as error:
                 response = _error_response(request, error)
