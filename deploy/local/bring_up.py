@@ -28,8 +28,8 @@ POLL_S = 0.1
 PROBE_EVERY_S = 0.25
 LOG_LINES = 20
 LOG_TAIL_BYTES = 16_384
-MAX_STARTS = 8
-"""A process that was started this often and never became healthy is given up."""
+MAX_STARTS = 6
+"""A process that was started this often and never became healthy is given up, after some 15 s of growing pauses."""
 
 OnLeader = Callable[[str, str, list[Range]], None]
 OnAggregator = Callable[[str], None]
@@ -136,6 +136,8 @@ class BringUp:
         causes = [error for error in errors if not isinstance(error, Cancelled)]
         if causes:
             raise causes[0]
+        self._cancel.clear()
+        self._await_steadiness()
 
     def _steps(self) -> list[Callable[[], None]]:
         parts = self.plan.parts
@@ -264,14 +266,33 @@ class BringUp:
                 self._nodes.update({n.removeprefix("node-"): p.node for n, p in probes.items() if p.node is not None})
             for name, probe in probes.items():
                 pid = states[name].pid
-                pids[name].add(pid)
-                if len(pids[name]) > MAX_STARTS:
+                if pid:
+                    pids[name].add(pid)
+                if len(pids[name]) >= MAX_STARTS:
                     self._fail(name, f"it ended {MAX_STARTS} times")
                 if pid and probe.healthy and (name not in shards or self._leader_with_quorum(shards[name])):
                     del left[name]
                     self.on_progress(Progress(name, time.monotonic() - self.started_s, tuple(left)))
             if left and self._cancel.wait(PROBE_EVERY_S):
                 raise Cancelled
+
+    def _await_steadiness(self) -> None:
+        """Until everything is healthy at one time: a standby that was ready may be started anew for its slot."""
+        unsteady = ["supervisor"]
+
+        def is_steady() -> bool:
+            probes = probe_all(self.programs)
+            with self._lock:
+                self._nodes = {n.removeprefix("node-"): p.node for n, p in probes.items() if p.node is not None}
+            unsteady[:] = [name for name, probe in probes.items() if not probe.healthy]
+            if "nodes" in self.plan.parts:
+                unsteady.extend(f"node-{shard}-1" for shard in self.plan.shards if not self._leader_with_quorum(shard))
+            return not unsteady
+
+        while not is_steady():
+            if time.monotonic() - self.started_s > self.timeout_s:
+                self._fail(unsteady[0], f"not ready after {self.timeout_s:g} s")
+            self._cancel.wait(PROBE_EVERY_S)
 
 
 def write_node_configs(plan: Plan) -> None:

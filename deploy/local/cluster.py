@@ -34,7 +34,7 @@ __all__ = ["Cluster", "Hooks"]
 class Cluster:
     """The cluster in `home`. `port_base` and `shards` count only until the home has a cluster of its own.
 
-    Raises WrongHome when the home's cluster has another port base than the one asked for.
+    Raises ValueError for a port base, a number of shards or a part that can't be.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class Cluster:
         unknown = set(parts or ()) - set(ALL_PARTS)
         if unknown:
             raise ValueError(f"unknown parts: {', '.join(sorted(unknown))}; there are {', '.join(ALL_PARTS)}")
+        if port_base is not None:
+            Ports(port_base)
         self.layout = Layout(home.resolve())
         self._wanted_base = port_base
         self._wanted_shards = tuple(shards)
@@ -187,12 +189,12 @@ class Cluster:
         )
 
     def down(self, *, purge: bool = False) -> bool:
-        """Stop everything; with `purge` delete the home too, and end clusters in its sub-folders.
+        """Stop everything; with `purge` kill it, with the clusters in its sub-folders, and delete the home.
 
         Returns whether anything was running. Raises ClusterError when something can't be ended.
         """
         pid = self._supervisor_pid()
-        if pid is not None:
+        if pid is not None and not purge:
             self._stop_supervisor(pid)
         leftovers = Leftovers(self.layout, below=purge)
         was_running = pid is not None or bool(leftovers.find())

@@ -33,6 +33,8 @@ MODULES = {
 STATELESS_REPLICAS = 2
 NODE_STOP_S = 25
 SERVICE_STOP_S = 20
+ETCD_STOP_S = 2
+"""Its last leader waits 7 s for a successor that is stopping too. By then nobody writes, and it may be killed."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Plan:
                 port=client,
                 listens=(Port(client, f"{name}, clients"), Port(peer, f"{name}, peers")),
                 health=Health("http", client, "/health"),
+                stop_s=ETCD_STOP_S,
             )
 
     def _nodes(self) -> Iterator[Program]:

@@ -94,6 +94,7 @@ def environment(layout: Layout) -> dict[str, str]:
     variables["PYTHONPATH"] = os.pathsep.join([str(project_root()), *([path] if path else [])])
     variables["PYTHONUNBUFFERED"] = "1"
     variables["LC_ALL"] = "C.UTF-8"
+    variables["MALLOC_ARENA_MAX"] = "2"  # the services and Patroni have many threads, and each arena keeps its memory
     local = "127.0.0.1,localhost"
     for name in ("no_proxy", "NO_PROXY"):
         variables[name] = f"{variables[name]},{local}" if variables.get(name) else local
