@@ -1,0 +1,190 @@
+"""`oncepay verify`: check the promises from outside, row by row."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.common import UNREACHABLE, WRONG, fail, handle_errors, home, output_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deploy.local import Status
+    from loadtest.checker import Report, Target
+    from loadtest.checker.model import Progress
+
+STAND_IN_KEY = "sk_test_verify"
+"""The stand-in for Stripe takes any key that begins like this."""
+
+WAIT_S = 60.0
+SHOWN_MAX = 50
+
+PROMISES = {
+    1: ("Once", "no key has two charges or two rows", "keys"),
+    3: ("No money without a row", "every confirmed PaymentIntent has its row", "confirmed_intents"),
+    4: ("Terminal is terminal", "rows and Stripe agree on every end", "payments"),
+    5: ("Balanced", "entries sum to zero, splits to the total", "entries"),
+    6: ("Derived equals source", "the aggregator is the fold of the entries", "derived_entries"),
+    7: ("Reconciled", "every balance transaction has its postings", "balance_transactions"),
+}
+"""What this can see: promise 2 (nothing lost) needs a history of what was acknowledged, which chaos campaigns keep."""
+
+
+def target_of(status: Status, *, stripe_key: str = STAND_IN_KEY, wait_s: float = WAIT_S, since: int = 0) -> Target:
+    """Where the checker finds a cluster's parts. Raises Unreachable when a shard has no leader or a part isn't there."""
+    from loadtest.checker import ShardTarget, Target, Unreachable
+
+    shards = []
+    for shard in status.shards:
+        if shard.dsn is None:
+            raise Unreachable(f"shard {shard.name} has no leader now")
+        ranges = tuple((int(first), int(last)) for first, last in shard.ranges)
+        shards.append(ShardTarget(shard.name, shard.dsn, ranges))
+    if not shards or "stripe" not in status.urls or "aggregator" not in status.urls:
+        raise Unreachable("the cluster runs without shards, Stripe or an aggregator: there is nothing to verify")
+    return Target(
+        shards=tuple(shards),
+        aggregator_dsn=status.aggregator_dsn,
+        aggregator_url=status.urls["aggregator"],
+        api_key=status.api_key,
+        stripe_url=status.urls["stripe"],
+        stripe_key=stripe_key,
+        since=since,
+        wait_s=wait_s,
+    )
+
+
+async def verify_cluster(
+    status: Status, *, stripe_key: str = STAND_IN_KEY, wait_s: float = WAIT_S, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Check the cluster that `status` describes; the object that `oncepay verify --output json` prints.
+
+    Raises loadtest.checker.Unreachable or Misread when it can't be done.
+    """
+    from loadtest.checker import verify as check
+    from loadtest.checker.model import silent
+
+    return as_json(await check(target_of(status, stripe_key=stripe_key, wait_s=wait_s), progress or silent))
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as others script against it."""
+    return {
+        "ok": report.ok,
+        "checked": dict(sorted(report.checked.items())),
+        "open": report.open,
+        "differences": [
+            {"promise": found.promise, "what": found.what, "key": found.key, "advice": found.advice}
+            for found in report.differences
+        ],
+        "seconds": round(report.seconds, 1),
+    }
+
+
+@click.command(short_help="Check every promise from outside, row by row.")
+@click.option(
+    "--wait", "wait_s", type=click.FloatRange(0, 3600), default=WAIT_S, show_default=True, help="Seconds for work in flight."
+)
+@click.option("--since", type=click.DateTime(), help="Leave out what Stripe made before (UTC), for an account with a past.")
+@output_option
+@handle_errors
+def verify(wait_s: float, since: dt.datetime | None, output: str) -> None:
+    """Read every shard, Stripe and the aggregator, row by row, and name whatever doesn't match.
+
+    Waits for work in flight. What is still open then is counted and is no difference, and so are PaymentIntents that were
+    never confirmed and that no row names (orphans). Exit code 1 when something differs, 3 when a part can't be reached.
+
+    \b
+    Example:
+      oncepay verify
+      oncepay verify --wait 0 --output json
+    """
+    from deploy.local import Cluster
+    from loadtest.checker import CheckerError, Unreachable
+
+    cluster = Cluster(home())
+    found = cluster.status()
+    stripe = cluster.settings.stripe
+    since_s = int(since.replace(tzinfo=dt.UTC).timestamp()) if since else 0
+    as_object = output == "json"
+    try:
+        target = target_of(found, stripe_key=stripe.api_key or STAND_IN_KEY, wait_s=wait_s, since=since_s)
+        report = _run(target, quiet=as_object)
+    except CheckerError as error:
+        unreachable = isinstance(error, Unreachable)
+        fail(
+            UNREACHABLE if unreachable else WRONG, str(error), as_json=as_object, slug="unavailable" if unreachable else "misread"
+        )
+        return
+    if as_object:
+        click.echo(json.dumps(as_json(report)))
+    else:
+        from rich.console import Console
+
+        show(Console(highlight=False), as_json(report))
+    if not report.ok:
+        raise SystemExit(WRONG)
+
+
+def _run(target: Target, *, quiet: bool) -> Report:
+    """The check, with progress bars unless `quiet`."""
+    from loadtest.checker import verify as check
+
+    if quiet:
+        return asyncio.run(check(target))
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        return asyncio.run(check(target, progress))
+
+
+def show(console: Console, verdict: dict[str, Any]) -> None:
+    """A table of the promises, then each difference with its key and what to do."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    checked, differences = verdict["checked"], verdict["differences"]
+    table = Table("", "promise", "checked", "", title="Promises", title_justify="left")
+    for number, (name, meaning, counter) in PROMISES.items():
+        wrong = sum(1 for found in differences if found["promise"] == number)
+        mark = f"[red]✗ {wrong:,}[/red]" if wrong else "[green]✓[/green]"
+        count = f"{checked.get(counter, 0):,} {counter.replace('_', ' ')}"
+        table.add_row(mark, f"{number} {name}", count, f"[dim]{meaning}[/dim]")
+    console.print(table)
+    for found in differences[:SHOWN_MAX]:
+        console.print(f"[red]✗[/red] promise {found['promise']}  [bold]{escape(found['key'])}[/bold]: {escape(found['what'])}")
+        console.print(f"    [dim]{escape(found['advice'])}[/dim]")
+    if len(differences) > SHOWN_MAX:
+        console.print(f"… and {len(differences) - SHOWN_MAX:,} more: `oncepay verify --output json` names them all")
+    console.print(_summary(verdict))
+
+
+def _summary(verdict: dict[str, Any]) -> str:
+    checked = verdict["checked"]
+    states = ", ".join(f"{checked[name]:,} {name}" for name in ("succeeded", "failed", "canceled") if checked.get(name))
+    parts = [f"{checked.get('payments', 0):,} payments" + (f" ({states})" if states else ""), f"{verdict['open']:,} open"]
+    if checked.get("orphans"):
+        parts.append(f"{checked['orphans']:,} unconfirmed PaymentIntents that no row names")
+    if checked.get("awaited"):
+        parts.append(f"{checked['awaited']:,} things that may still come")
+    parts.append(f"{verdict['seconds']} s")
+    head = (
+        "[bold green]✓ verified[/bold green]"
+        if verdict["ok"]
+        else f"[bold red]✗ {len(verdict['differences']):,} differences[/bold red]"
+    )
+    return f"{head}: {', '.join(parts)}"
