@@ -10,7 +10,7 @@ from prometheus_client import Counter
 
 from oncepay.driver import Driver
 from oncepay.errors import InvalidKey, KeyReused, NotFound, OncepayError, PredecessorNotOver
-from oncepay.keys import origin, parse_key
+from oncepay.keys import Origin, origin, parse_key
 from oncepay.payment import Key, Payment
 from oncepay.service import json_response
 from oncepay.settings import Settings
@@ -22,6 +22,7 @@ from router.macs import Macs
 from router.views import payment_view
 from shard.store.store import Shards
 
+KEY_HEADER = "Idempotency-Key"
 WAIT_DEFAULT_S = 10.0
 WAIT_MAX_S = 60.0
 _WAIT = re.compile(r"(?:^|[,;\s])wait=(\d+(?:\.\d+)?)")
@@ -47,17 +48,14 @@ class PaymentCalls:
 
     async def submit(self, request: web.Request) -> web.Response:
         """POST /v1/payments: one key, at most one charge."""
-        key = _key_of(request)
-        source = origin(key, self._macs.secrets())
-        if source == "client" and not self._settings.client_keys:
-            raise InvalidKey("this deployment takes keys of its key service only")
+        key, source = self._key_of(request)
         body = await decode(request, PaymentBody)
         payment = new_payment(key, body, self._settings)
         self._in_flight.check_room()
         if source == "unproven":
             found = await self._store.get(key)
             if found is None:
-                raise InvalidKey("this key was not issued here")
+                raise InvalidKey("this key was not issued here", field=KEY_HEADER)
             return await self._replay(request, found, body)
         if body.after:
             await self._name_successor(body.after, key)
@@ -67,6 +65,18 @@ class PaymentCalls:
         ACCEPTED.labels("accepted").inc()
         self._in_flight.drive(self._driver, row)
         return await self._answer(request, row, created=True)
+
+    def _key_of(self, request: web.Request) -> tuple[Key, Origin]:
+        """The key in the header, and where it comes from."""
+        try:
+            key = Key(parse_key(request.headers.get(KEY_HEADER)))
+            source = origin(key, self._macs.secrets())
+            if source == "client" and not self._settings.client_keys:
+                raise InvalidKey("this deployment takes keys of its key service only")
+        except OncepayError as error:
+            error.field = KEY_HEADER
+            raise
+        return key, source
 
     async def _replay(self, request: web.Request, row: Payment, body: PaymentBody) -> web.Response:
         if row.fingerprint != fingerprint_of(body):
@@ -127,14 +137,6 @@ class PaymentCalls:
         payment = await self._in_flight.wait(payment, wait_s(request))
         headers = {} if payment.settled else {"Location": _location(payment.key)}
         return json_response(payment_view(payment), 200 if payment.settled else 202, headers)
-
-
-def _key_of(request: web.Request) -> Key:
-    try:
-        return Key(parse_key(request.headers.get("Idempotency-Key")))
-    except OncepayError as error:
-        error.field = error.field or "Idempotency-Key"
-        raise
 
 
 def _location(key: str) -> str:
