@@ -14,7 +14,7 @@ from sandbox.faults import Faults, FaultSettings
 PREFIX = "/_control/"
 ADVANCE_MAX_S = 10 * 365 * 86_400
 
-_encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder(decimal_format="number").encode
 
 
 class Advance(msgspec.Struct, forbid_unknown_fields=True):

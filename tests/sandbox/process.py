@@ -114,7 +114,8 @@ class Receiver:
         body = await request.read()
         event = json.loads(body)
         self.events.append(event)
-        self.raw.append((body, request.headers["Stripe-Signature"]))
+        signature = request.headers.get("Stripe-Signature") or request.headers["tipalti-signature"]
+        self.raw.append((body, signature))
         self.times.append(time.monotonic())
         self._changed.set()
         return web.Response(status=self.answer(event))

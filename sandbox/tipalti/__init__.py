@@ -1,0 +1,1 @@
+"""A stateful stand-in for Tipalti: payees, payment batches, and payments whose states move with its clock."""
