@@ -10,7 +10,7 @@ import heapq
 import time
 from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from random import random
 
 import msgspec
@@ -130,6 +130,11 @@ class PendingCache:
 
     # Changes
 
+    def changed_all(self, rows: Iterable[PaymentRow]) -> None:
+        """The rows of one commit."""
+        for row in rows:
+            self.changed(row)
+
     def changed(self, row: PaymentRow) -> None:
         """A row as a commit left it, from the feed."""
         status = row.status
@@ -164,6 +169,12 @@ class PendingCache:
                 del self._entries[packed]
             if settled is not None:
                 settled[packed] = version
+
+    def forget(self, key: str) -> None:
+        """The payment is another shard's now."""
+        bucket = self._entries.pop(pack(key), None)
+        if bucket is not None:
+            self._counts[bucket.status] -= 1
 
     # Looking
 

@@ -11,6 +11,7 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from oncepay.errors import OncepayError
 from oncepay.logs import get_logger
@@ -35,6 +36,14 @@ RETRY_S, RETRY_MAX_S = 0.1, 2.0
 LEADER_S = 10.0
 
 _log = get_logger("feed")
+
+
+class Place(NamedTuple):
+    """Which leader's log something was read from."""
+
+    host: str
+    port: int
+    timeline: int
 
 
 class Feed:
@@ -69,7 +78,7 @@ class Feed:
         self._wanted = asyncio.Event()
         self._free = asyncio.Event()
         self._read_at = 0.0
-        self._fences: list[asyncio.Future[None]] = []
+        self._fences: list[asyncio.Future[Place]] = []
         self._commit: asyncio.Future[None] | None = None
         leaders.on_change(self._leader_changed)
 
@@ -92,12 +101,12 @@ class Feed:
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, RETRY_MAX_S)
 
-    async def fence(self) -> None:
-        """Return when every change that was committed before this call has been handed to `on_certain`."""
-        fence = asyncio.get_running_loop().create_future()
+    async def fence(self) -> Place:
+        """Return when every change that was committed before this call has been handed to `on_certain`, and where."""
+        fence: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         self._fences.append(fence)
         self._wanted.set()
-        await fence
+        return await fence
 
     def measure(self) -> None:
         """Set the gauges of the lag."""
@@ -125,9 +134,10 @@ class Feed:
 
     async def _follow(self, stream: Stream) -> OncepayError | None:
         """Read until the connection ends, or has to. Returns why, None when it is to be opened again at once."""
-        if stream.incarnation != self._incarnation:
-            self._sieve.forget()
-            self.certain_lsn, self._incarnation = 0, stream.incarnation
+        if self._incarnation not in ("", stream.incarnation):
+            stream.connection.close()
+            raise StandDown(f"the shard's history is {stream.incarnation} now: what is known of {self._incarnation} is void")
+        self._incarnation = stream.incarnation
         if stream.timeline < self._sieve.certain_timeline:
             stream.connection.close()
             return WrongNode(f"{stream.node.name} is on timeline {stream.timeline}, {self._sieve.certain_timeline} is known")
@@ -214,7 +224,7 @@ class Feed:
                     return
                 for fence in fences:
                     if not fence.done():
-                        fence.set_result(None)
+                        fence.set_result(Place(stream.node.host, stream.node.port, stream.timeline))
             if self._fences or self._sieve.held_rows or self._sieve.dropped:
                 self._wanted.set()
             await asyncio.sleep(max(0.0, began_s + BARRIER_GAP_S - time.monotonic()))

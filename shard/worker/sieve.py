@@ -45,11 +45,6 @@ class Sieve:
         self.dropped = False
         self._nonce = ""
 
-    def forget(self) -> None:
-        """The shard has another history now (incarnation): no earlier position means anything."""
-        self.certain_lsn = self.certain_timeline = 0
-        self._let_go()
-
     @property
     def waits(self) -> bool:
         """Whether a barrier was begun and is not certain yet."""

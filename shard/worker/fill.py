@@ -1,0 +1,62 @@
+"""Filling the pending cache, once, from the table.
+
+The order makes it exact. The feed runs first, remembering what settles. The table is read page by page after a barrier has
+passed the feed, and a second barrier passes after the last page: what was read is then on the quorum, and whatever was
+committed since any page was read has come through the feed. If the leader changed in between, all starts over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib import resources
+
+import asyncpg
+
+from oncepay.errors import ShardUnavailable
+from oncepay.logs import get_logger
+from shard.worker.cache import PendingCache
+from shard.worker.feed import Feed
+
+PAGE_ROWS = 2_000
+
+_SQL = (resources.files("shard.worker") / "sql" / "fill.sql").read_text()
+_log = get_logger("cache")
+
+Connect = Callable[[str, int], Awaitable[asyncpg.Connection]]
+
+
+async def fill(cache: PendingCache, feed: Feed, connect: Connect) -> None:
+    """Fill `cache`, whose `begin_fill` was called before `feed` started. Raises ShardUnavailable: then try again.
+
+    `connect` opens a session with a node. The cache keeps what the feed tells meanwhile.
+    """
+    before = await feed.fence()
+    rows = await _read(cache, connect, before.host, before.port)
+    after = await feed.fence()
+    if after != before:
+        raise ShardUnavailable(f"the leader changed from {before} to {after} while the cache was filled")
+    cache.end_fill()
+    _log.info("cache filled", rows=rows, pending=len(cache))
+
+
+async def _read(cache: PendingCache, connect: Connect, host: str, port: int) -> int:
+    try:
+        connection = await connect(host, port)
+        try:
+            return await _pages(cache, connection)
+        finally:
+            connection.terminate()
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise ShardUnavailable(f"the payments with open work can't be read: {error!r}") from error
+
+
+async def _pages(cache: PendingCache, connection: asyncpg.Connection) -> int:
+    slot, key, total = -1, "", 0
+    while True:
+        rows = await connection.fetch(_SQL, slot, key, PAGE_ROWS)
+        for row in rows:
+            cache.put(row["key"], row["status"], row["version"], True, row["expires_s"])
+        total += len(rows)
+        if len(rows) < PAGE_ROWS:
+            return total
+        slot, key = rows[-1]["slot"], rows[-1]["key"]

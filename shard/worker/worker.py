@@ -1,0 +1,161 @@
+"""One worker process of a shard: stands by for the seat, then runs the feed, the cache and the poller under its epoch."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+
+from oncepay.driver import Driver
+from oncepay.errors import OncepayError, ShardUnavailable, Unavailable
+from oncepay.logs import get_logger
+from oncepay.settings import Settings
+from oncepay.stripe_client import StripeGateway
+from shard.store.batch import Batcher, EpochOver
+from shard.store.store import Shards
+from shard.worker import metrics
+from shard.worker.bulk import Bulk
+from shard.worker.cache import PendingCache
+from shard.worker.errors import FeedHalted, StandDown
+from shard.worker.feed import Feed
+from shard.worker.fill import fill
+from shard.worker.forward import Forwarder
+from shard.worker.lease import Seat
+from shard.worker.pgoutput import MalformedMessage
+from shard.worker.poller import Poller
+
+RETRY_S = 0.5
+MEASURE_S = 1.0
+BEHIND_S = 120.0
+"""A feed that has not moved for so long is no longer ready."""
+
+_log = get_logger("worker")
+
+
+class Worker:
+    """The worker `name` of `shard`."""
+
+    def __init__(
+        self, shard: str, name: str, settings: Settings, shards: Shards, stripe: StripeGateway, seat: Seat,
+        http: aiohttp.ClientSession,
+    ) -> None:  # fmt: skip
+        self.shard = shard
+        self.name = name
+        self.cache = PendingCache(settings.poll)
+        self.active = False
+        self.filled = False
+        self.feed: Feed | None = None
+        self.forwarder: Forwarder | None = None
+        self._settings = settings
+        self._shards = shards
+        self._stripe = stripe
+        self._seat = seat
+        self._http = http
+
+    async def run(self) -> None:
+        """Stand by, be active, stand by again, until canceled."""
+        while True:
+            await self._seat.take()
+            try:
+                epoch = await self._epoch()
+                await self._be_active(epoch)
+            except* (StandDown, EpochOver) as group:
+                for error in _flat(group):
+                    _log.warning("standing down", reason=str(error))
+            finally:
+                self._set_active(False)
+                await self._seat.leave()
+            await asyncio.sleep(RETRY_S)
+
+    async def _epoch(self) -> int:
+        """Take the shard over: ends the epoch before, once its transactions are through."""
+        while True:
+            try:
+                await self._shards.start()
+                epoch = await self._shards.batcher(self.shard).take_epoch(self.name)
+            except Unavailable as error:
+                _log.info("epoch not taken", error=str(error))
+                await asyncio.sleep(RETRY_S)
+            else:
+                _log.info("epoch taken", epoch=epoch)
+                metrics.EPOCH.labels(self.shard).set(epoch)
+                return epoch
+
+    async def _be_active(self, epoch: int) -> None:
+        """Run all parts; returns never, raises when one ends. StandDown and EpochOver are the usual ways."""
+        batcher = self._shards.batcher(self.shard)
+        self.cache = PendingCache(self._settings.poll)
+        self.cache.begin_fill()
+        self.forwarder = Forwarder(self._http, self._settings, self.shard, epoch)
+        self.feed = Feed(
+            self.shard, self._shards.leaders, self._settings, self.name, epoch, batcher.barrier, self.forwarder,
+            lambda transaction: self.cache.changed_all(transaction.payments),
+        )  # fmt: skip
+        self._set_active(True)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._until_lost(), name="seat")
+            group.create_task(self.feed.run(), name="feed")
+            group.create_task(self.forwarder.run(), name="forwarder")
+            group.create_task(self._poll(batcher, self.feed), name="poller")
+            group.create_task(self._measure(self.feed), name="measure")
+
+    async def _until_lost(self) -> None:
+        await self._seat.lost()
+        raise StandDown("another worker has the seat")
+
+    async def _poll(self, batcher: Batcher, feed: Feed) -> None:
+        """Fill the cache, then poll from it."""
+        while True:
+            try:
+                await fill(self.cache, feed, self._shards.connect)
+                break
+            except ShardUnavailable as error:
+                _log.info("cache not filled", error=str(error))
+                self.cache.begin_fill()
+                await asyncio.sleep(RETRY_S)
+        self.filled = True
+        bulk = Bulk(self._stripe, self.cache, self.shard, self._settings.poll.first_s)
+        driver = Driver(self._shards, self._stripe)
+        await Poller(self.shard, self.cache, self._shards, driver, bulk, self._owns).run()
+
+    def _owns(self, slot: int) -> bool:
+        """Whether the shard owns the slot, by the map as it is known here."""
+        return self._shards.maps.current.range_of(slot).shard == self.shard
+
+    async def _measure(self, feed: Feed) -> None:
+        while True:
+            feed.measure()
+            for status, count in self.cache.counts.items():
+                metrics.PENDING.labels(self.shard, status.value).set(count)
+            await asyncio.sleep(MEASURE_S)
+
+    def _set_active(self, active: bool) -> None:
+        self.active = active
+        self.filled = False
+        metrics.ACTIVE.labels(self.shard).set(active)
+        if not active:
+            self.feed = self.forwarder = None
+
+    # Health
+
+    async def check_feed(self) -> None:
+        """Raises what an operator has to know: the feed is halted, or can't read the shard."""
+        if self.feed is None or self.forwarder is None:
+            return  # standing by is being ready
+        for problem in (self.feed.problem, self.forwarder.problem):
+            if isinstance(problem, FeedHalted | MalformedMessage):
+                raise problem
+        if self.feed.problem is not None:
+            raise self.feed.problem
+
+    async def check_cache(self) -> None:
+        """Raises Unavailable while the active worker has not filled its cache."""
+        if self.active and not self.filled:
+            raise Unavailable("the pending cache is being filled")
+
+
+def _flat(group: BaseExceptionGroup[OncepayError]) -> list[OncepayError]:
+    found: list[OncepayError] = []
+    for error in group.exceptions:
+        found += _flat(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
