@@ -139,7 +139,8 @@ def _check_sums(derived: Derived, entries: Iterable[Entry], found: Findings) -> 
 def _compare(what: str, ours: Mapping[Name, tuple[int, ...]], theirs: Mapping[Name, tuple[int, ...]], found: Findings) -> None:
     """Sums that are all zero are as good as none."""
     for name in ours.keys() | theirs.keys():
-        mine, other = tuple(ours.get(name, ())), tuple(theirs.get(name, ()))
+        mine: tuple[int, ...] = tuple(ours.get(name, ()))
+        other: tuple[int, ...] = tuple(theirs.get(name, ()))
         if mine != other and any((*mine, *other)):
             shown = " ".join(map(str, name[1:]))
             found.differ(

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 TERMINAL = frozenset({"succeeded", "failed", "canceled"})
 
+COUNTED = ("payments", "succeeded", "failed", "canceled", "intents", "orphans", "entries", "balance_transactions")
+"""These are counted in every report, also when there are none."""
+
 Progress = Callable[[str, int, int | None], None]
 """Called with (what is being done, how many are done, of how many or None while that isn't known)."""
 
@@ -237,7 +240,7 @@ class Findings:
     differences: set[Difference] = field(default_factory=set)
     waiting: set[str] = field(default_factory=set)
     lagging: set[str] = field(default_factory=set)
-    checked: Counter[str] = field(default_factory=Counter)
+    checked: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTED, 0)))
 
     def differ(self, promise: int, key: str, what: str, advice: str) -> None:
         """Note a difference."""

@@ -139,7 +139,7 @@ class _Looks:
         found.differences |= lag.differences
         found.waiting |= lag.waiting
         found.lagging |= lag.lagging
-        found.checked += lag.checked
+        found.checked.update(lag.checked)
         found.checked["shards"] = len(shards)
         self._note_moved(derived)
         return found, sum(1 for payment in books.payments.values() if payment.open)
