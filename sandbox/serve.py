@@ -16,6 +16,8 @@ from typing import Protocol
 import uvloop
 from aiohttp import web
 
+from sandbox.store import StateError
+
 BACKLOG = 2_048
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -77,7 +79,7 @@ async def _serve(service: Service, host: str, port: int) -> None:
 
 
 def run(make: Callable[[], Service], host: str, port: int) -> None:
-    """Serve until told to stop. Exits with 1 and a message when the address is taken."""
+    """Serve until told to stop. Exits with 1 and a message when the address or the state file is taken."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
 
     async def main() -> None:
@@ -85,5 +87,7 @@ def run(make: Callable[[], Service], host: str, port: int) -> None:
 
     try:
         uvloop.run(main())
+    except StateError as error:
+        sys.exit(str(error))
     except OSError as error:
         sys.exit(f"can't serve on {host}:{port}: {error.strerror or error}")

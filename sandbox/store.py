@@ -17,10 +17,19 @@ import msgspec
 
 from sandbox import ids
 
+LOCK_WAIT_S = 3.0
+"""How long to wait for a predecessor that is still letting go of the state file."""
 CACHE_MAX = 20_000
 """Objects of one kind that are kept in memory; older ones are read from SQLite again."""
 
+VERSION = 1
+"""Of the state file's form; raised when a kept struct or table changes in a way that old files can't be read with."""
+
 SqlValue = int | float | str | bytes | None
+
+
+class StateError(Exception):
+    """The state file can't be used: another process has it, or another version of the sandbox wrote it."""
 
 
 class Row(Protocol):
@@ -44,18 +53,31 @@ class Store:
     """One SQLite file (or memory), exclusively owned, and the transaction that collects a step's writes."""
 
     def __init__(self, path: Path | None, schema: str) -> None:
-        self.connection = sqlite3.connect(str(path) if path else ":memory:", isolation_level=None, cached_statements=512)
-        self.connection.execute("PRAGMA locking_mode=EXCLUSIVE")
-        self.connection.execute("PRAGMA journal_mode=WAL")
-        self.connection.execute("PRAGMA synchronous=OFF")
-        self.connection.execute("PRAGMA wal_autocheckpoint=4000")
-        self.connection.execute("PRAGMA cache_size=-65536")
-        self.connection.executescript(schema)
+        self.connection = sqlite3.connect(
+            str(path) if path else ":memory:", isolation_level=None, cached_statements=512, timeout=LOCK_WAIT_S
+        )
+        try:
+            self._open(schema)
+        except sqlite3.Error as error:
+            raise StateError(f"can't use the state file {path}: {error}") from error
         self._pending: dict[Writes, None] = {}
         self._in_transaction = False
         self._waiters: list[asyncio.Future[None]] = []
         self._scheduled = False
         self._after: list[Callable[[], None]] = []
+
+    def _open(self, schema: str) -> None:
+        connection = self.connection
+        connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=OFF")
+        connection.execute("PRAGMA wal_autocheckpoint=4000")
+        connection.execute("PRAGMA cache_size=-65536")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, VERSION):
+            raise sqlite3.DatabaseError(f"it has version {version}, this sandbox writes {VERSION}; delete it to start anew")
+        connection.executescript(schema)
+        connection.execute(f"PRAGMA user_version={VERSION}")
 
     def touch(self, writes: Writes) -> None:
         """`writes` has something to write; it goes with this step's transaction."""

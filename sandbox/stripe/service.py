@@ -257,7 +257,8 @@ class StripeService:
         }
         if key:
             every["Idempotency-Key"] = key
-            every["Original-Request"] = request_id
+            if not headers:
+                every["Original-Request"] = request_id
         if headers:
             every.update(headers)
         if "Origin" in request.headers:
