@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,8 @@ from deploy import patroni
 from deploy.local import secrets, shard_map, webhooks
 from deploy.local.errors import PartFailed
 from deploy.local.etcd import EtcdAway, Gateway
-from deploy.local.health import NodeState, probe_all, probe_http, probe_postgres
-from deploy.local.layout import Layout, Memory
+from deploy.local.health import NodeState, Probe, probe_all, probe_http, probe_postgres
+from deploy.local.layout import Layout, Memory, write_secret
 from deploy.local.parts import Plan, node_names
 from deploy.local.shard_map import Range
 from deploy.local.status import leader_of
@@ -26,6 +26,8 @@ from deploy.local.supervisor import Supervisor, SupervisorAway
 
 POLL_S = 0.1
 PROBE_EVERY_S = 0.25
+MAX_TRIES = 8
+TRY_AGAIN_S = 1.0
 LOG_LINES = 20
 LOG_TAIL_BYTES = 16_384
 MAX_STARTS = 6
@@ -102,19 +104,29 @@ def has_slot(dsn: str) -> bool:
 
 
 class BringUp:
-    """One run of `up`, from the started supervisor to where all is ready."""
+    """One run of `up`, from the started supervisor to where all is ready; or only of the shard that is `added`."""
 
-    def __init__(self, plan: Plan, memory: Memory, hooks: Hooks, on_progress: OnProgress, timeout_s: float) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        memory: Memory,
+        hooks: Hooks,
+        on_progress: OnProgress,
+        timeout_s: float,
+        *,
+        added: str | None = None,
+    ) -> None:
         self.plan = plan
         self.layout = plan.layout
         self.memory = memory
         self.hooks = hooks
         self.on_progress = on_progress
-        self.programs = plan.programs()
+        self.shards = plan.shards if added is None else (added,)
+        self.programs = [program for program in plan.programs() if added is None or program.shard == added]
         self.supervisor = Supervisor(plan.layout)
         self.started_s = time.monotonic()
         self.timeout_s = timeout_s
-        self.unmade = unmade_with_data(plan.layout, memory) if "nodes" in plan.parts else []
+        self.unmade = unmade_with_data(plan.layout, memory) if "nodes" in plan.parts and added is None else []
         self._cancel = threading.Event()
         self._lock = threading.Lock()
         self._nodes: dict[str, NodeState] = {}
@@ -145,11 +157,12 @@ class BringUp:
         if "etcd" in parts:
             steps.append(self._put_first_records)
         if "nodes" in parts:
-            steps += [partial(self._prepare_shard, shard) for shard in self.plan.shards]
-            steps += [partial(self._await_slots, shard) for shard in self.plan.shards]
-        if "aggregator-db" in parts:
+            steps += [partial(self._prepare_shard, shard) for shard in self.shards]
+            steps += [partial(self._await_slots, shard) for shard in self.shards]
+        chosen = {program.part for program in self.programs}
+        if "aggregator-db" in chosen:
             steps.append(self._prepare_aggregator)
-        if "stripe" in parts and "router" in parts and self.plan.uses_stand_in:
+        if {"stripe", "router"} <= chosen:
             steps.append(self._prepare_routers)
         return steps
 
@@ -160,6 +173,18 @@ class BringUp:
                 self._fail(process, f"not ready after {self.timeout_s:g} s")
             if self._cancel.wait(POLL_S):
                 raise Cancelled
+
+    def _try(self, call: Callable[[], None], process: str) -> None:
+        """Call until it succeeds, for a part may restart under it; the last error is told when it never does."""
+        for left in reversed(range(MAX_TRIES)):
+            try:
+                return call()
+            except Exception as error:
+                if left == 0:
+                    raise PartFailed(f"{process} can't be prepared: {error!r}") from error
+            if self._cancel.wait(TRY_AGAIN_S):
+                raise Cancelled
+        raise AssertionError("no try is left")
 
     def _fail(self, process: str, why: str) -> NoReturn:
         tail = log_tail(self.layout, process)
@@ -186,16 +211,19 @@ class BringUp:
                 return False
             return True
 
+        def put() -> None:
+            gateway.put_if_absent(f"{prefix}/map", shard_map.render_map(shard_map.even_ranges(self.plan.shards)))
+            for number, shard in enumerate(self.plan.shards):
+                record = shard_map.shard_record(self.plan.ports, number, shard)
+                gateway.put_if_absent(f"{prefix}/shards/{shard}", record)
+            digest, api_key = secrets.api_key_record(self.plan.passwords.api_key)
+            gateway.put_if_absent(f"{prefix}/apikeys/{digest}", msgspec.json.encode(api_key).decode())
+            for shard in self.unmade:
+                gateway.delete_prefix(f"{prefix}/patroni/{shard}/")
+                self.supervisor.start(f"node-{node}" for node in node_names(shard))
+
         self._until(answers, "etcd-1")
-        gateway.put_if_absent(f"{prefix}/map", shard_map.render_map(shard_map.even_ranges(self.plan.shards)))
-        for number, shard in enumerate(self.plan.shards):
-            record = shard_map.shard_record(self.plan.ports, number, shard)
-            gateway.put_if_absent(f"{prefix}/shards/{shard}", record)
-        digest, api_key = secrets.api_key_record(self.plan.passwords.api_key)
-        gateway.put_if_absent(f"{prefix}/apikeys/{digest}", msgspec.json.encode(api_key).decode())
-        for shard in self.unmade:
-            gateway.delete_prefix(f"{prefix}/patroni/{shard}/")
-            self.supervisor.start(f"node-{node}" for node in node_names(shard))
+        self._try(put, "etcd-1")
 
     def _leader_with_quorum(self, shard: str) -> str | None:
         """The shard's leader, once a standby of its quorum streams from it: only then can it commit."""
@@ -203,6 +231,15 @@ class BringUp:
             nodes = {name: self._nodes[name] for name in node_names(shard) if name in self._nodes}
         leader = leader_of(nodes)
         return leader if leader is not None and nodes[leader].quorum_standbys else None
+
+    def _note_nodes(self, probes: Mapping[str, Probe]) -> None:
+        """Keep what the nodes' Patronis say now; what one said before it fell silent counts no longer."""
+        with self._lock:
+            for name, probe in probes.items():
+                if probe.node is not None:
+                    self._nodes[name.removeprefix("node-")] = probe.node
+                else:
+                    self._nodes.pop(name.removeprefix("node-"), None)
 
     def _prepare_shard(self, shard: str) -> None:
         self._until(lambda: self._leader_with_quorum(shard) is not None, f"node-{shard}-1")
@@ -213,16 +250,26 @@ class BringUp:
         if self.hooks.on_leader is None:
             return
         gateway = Gateway(self.plan.settings.etcd.endpoints)
+        names = {f"node-{node}" for node in node_names(shard)}
         owned: dict[str, list[Range]] = {}
 
         def has_map() -> bool:
-            text = gateway.get(f"{self.plan.settings.etcd.prefix}/map")
+            try:
+                text = gateway.get(f"{self.plan.settings.etcd.prefix}/map")
+            except EtcdAway:
+                return False
             owned.update(shard_map.parse_map(text) if text else {})
             return text is not None
 
         self._until(has_map, "etcd-1")
-        leader = self._leader_with_quorum(shard) or node_names(shard)[0]
-        self.hooks.on_leader(shard, self._superuser_dsn(self._node_port(shard, leader)), owned.get(shard, []))
+        on_leader = self.hooks.on_leader
+
+        def call() -> None:
+            self._note_nodes(probe_all(program for program in self.programs if program.name in names))
+            leader = self._leader_with_quorum(shard) or node_names(shard)[0]
+            on_leader(shard, self._superuser_dsn(self._node_port(shard, leader)), owned.get(shard, []))
+
+        self._try(call, f"node-{shard}-1")
 
     def _await_slots(self, shard: str) -> None:
         """Until the feed's slot is on every node: Patroni restarts a standby to give it its copy of a new one."""
@@ -236,8 +283,9 @@ class BringUp:
     def _prepare_aggregator(self) -> None:
         port = self.plan.ports.aggregator_postgres
         self._until(lambda: probe_postgres(port).healthy, "aggregator-db")
-        if self.hooks.on_aggregator is not None:
-            self.hooks.on_aggregator(self._superuser_dsn(port))
+        on_aggregator = self.hooks.on_aggregator
+        if on_aggregator is not None:
+            self._try(lambda: on_aggregator(self._superuser_dsn(port)), "aggregator-db")
 
     def _superuser_dsn(self, port: int) -> str:
         postgres = self.plan.settings.postgres
@@ -248,13 +296,14 @@ class BringUp:
         port = self.plan.ports.stripe
         self._until(lambda: probe_http(port, "/_control/faults").healthy, "stripe")
         url = f"http://127.0.0.1:{self.plan.ports.router}/v1/webhooks/stripe"
-        webhooks.register(self.layout, port, self.plan.settings.stripe.api_key, url)
+        key = self.plan.settings.stripe.api_key
+        self._try(lambda: webhooks.register(self.layout, port, key, url), "stripe")
         self.supervisor.start(program.name for program in self.programs if program.part == "router")
 
     def _watch_health(self) -> None:
         """Until every process is healthy and every shard has its quorum; says of each when it is."""
         left = {program.name: program for program in self.programs}
-        shards = {f"node-{node}": shard for shard in self.plan.shards for node in node_names(shard)}
+        shards = {program.name: program.shard for program in self.programs if program.part == "nodes"}
         pids: dict[str, set[int]] = {name: set() for name in left}
         while left:
             if time.monotonic() - self.started_s > self.timeout_s:
@@ -262,8 +311,7 @@ class BringUp:
                 self._fail(name, f"not ready after {self.timeout_s:g} s (nor: {', '.join(left)})")
             probes = probe_all(left.values())
             states = self.supervisor.states()
-            with self._lock:
-                self._nodes.update({n.removeprefix("node-"): p.node for n, p in probes.items() if p.node is not None})
+            self._note_nodes(probes)
             for name, probe in probes.items():
                 pid = states[name].pid
                 if pid:
@@ -282,11 +330,10 @@ class BringUp:
 
         def is_steady() -> bool:
             probes = probe_all(self.programs)
-            with self._lock:
-                self._nodes = {n.removeprefix("node-"): p.node for n, p in probes.items() if p.node is not None}
+            self._note_nodes(probes)
             unsteady[:] = [name for name, probe in probes.items() if not probe.healthy]
             if "nodes" in self.plan.parts:
-                unsteady.extend(f"node-{shard}-1" for shard in self.plan.shards if not self._leader_with_quorum(shard))
+                unsteady.extend(f"node-{shard}-1" for shard in self.shards if not self._leader_with_quorum(shard))
             return not unsteady
 
         while not is_steady():
@@ -297,8 +344,6 @@ class BringUp:
 
 def write_node_configs(plan: Plan) -> None:
     """The folders of all nodes and of the aggregator's Postgres, with what their wrappers read."""
-    from deploy.local.layout import write_secret
-
     for shard in plan.shards:
         for name in node_names(shard):
             folder = plan.layout.node(name)

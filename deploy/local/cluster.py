@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from deploy import os_user, patroni, processes, programs
 from deploy.local import secrets, status, supervisor
 from deploy.local.bring_up import BringUp, Hooks, OnProgress, unmade_with_data, write_node_configs
 from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, WrongHome
+from deploy.local.etcd import Gateway
 from deploy.local.layout import Layout, Memory
 from deploy.local.leftovers import Leftovers
 from deploy.local.parts import ALL_PARTS, Plan, default_parts, node_names
@@ -24,6 +27,7 @@ from deploy.local.supervisor import Supervisor, SupervisorAway
 from oncepay.settings import Settings
 
 DEFAULT_SHARDS = ("s0", "s1")
+SHARD_NAME = re.compile(r"[a-z][a-z0-9]{0,15}")
 UP_TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 75.0
 """More than a service, then a node, then etcd may take to stop before the supervisor kills it."""
@@ -139,6 +143,48 @@ class Cluster:
                 BringUp(plan, memory, hooks or Hooks(), on_progress or (lambda _: None), timeout_s).run()
             except BaseException:
                 self.down()
+                raise
+
+    def add_shard(
+        self,
+        shard: str,
+        *,
+        hooks: Hooks | None = None,
+        on_progress: OnProgress | None = None,
+        timeout_s: float = UP_TIMEOUT_S,
+    ) -> None:
+        """Give the running cluster one more shard, which owns no range yet. On failure it is taken away again.
+
+        Raises NotRunning, PortTaken, PartFailed; WrongHome for a name that can't be, or a shard too many.
+        """
+        with self._only_one_up():
+            control = self.supervisor()
+            before = self._memory()
+            if not SHARD_NAME.fullmatch(shard) or shard in before.shards:
+                raise WrongHome(f"no shard can be added as {shard!r}: there are {', '.join(before.shards)}")
+            if len(before.shards) >= MAX_SHARDS:
+                raise WrongHome(f"a local cluster has room for {MAX_SHARDS} shards, and has them")
+            memory = msgspec.structs.replace(before, shards=(*before.shards, shard))
+            plan = dataclasses.replace(self._plan(memory), os_user=os_user.for_postgres())
+            all_programs = plan.programs()
+            check_free(port for program in all_programs if program.shard == shard for port in program.listens)
+            for node in node_names(shard):
+                shutil.rmtree(self.layout.node(node), ignore_errors=True)
+            write_node_configs(plan)
+            config = supervisor.configuration(all_programs, self.layout, added_shard=shard)
+            self.layout.supervisor_config.write_text(config, encoding="utf-8")
+            self.layout.remember(memory)
+            try:
+                control.add_groups()
+                report = on_progress or (lambda _: None)
+                BringUp(plan, memory, hooks or Hooks(), report, timeout_s, added=shard).run()
+            except BaseException:
+                self.layout.remember(before)
+                for group in reversed(supervisor.GROUPS):
+                    control.remove_group(f"{group}-{shard}")
+                gateway = Gateway(plan.settings.etcd.endpoints)
+                gateway.delete(f"{plan.settings.etcd.prefix}/shards/{shard}")
+                gateway.delete_prefix(f"{plan.settings.etcd.prefix}/patroni/{shard}/")
                 raise
 
     def _write(self, plan: Plan, memory: Memory) -> None:

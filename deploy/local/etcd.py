@@ -72,6 +72,10 @@ class Gateway:
         put = {"request_put": {"key": _b64(key), "value": _b64(value)}}
         return bool(self._call("/v3/kv/txn", {"compare": [compare], "success": [put]}).get("succeeded"))
 
+    def delete(self, key: str) -> None:
+        """Raises EtcdAway."""
+        self._call("/v3/kv/deleterange", {"key": _b64(key)})
+
     def delete_prefix(self, prefix: str) -> None:
         """Delete every key that starts with `prefix`. Raises EtcdAway."""
         assert prefix, "that would delete everything"

@@ -48,7 +48,10 @@ class Health:
 
 @dataclass(frozen=True)
 class Program:
-    """One supervised process. `port` is the one that status shows; `listens` are all that it needs."""
+    """One supervised process. `port` is the one that status shows; `listens` are all that it needs.
+
+    `shard` is empty for what belongs to no shard.
+    """
 
     name: str
     part: str
@@ -57,6 +60,7 @@ class Program:
     port: int
     listens: tuple[Port, ...]
     health: Health
+    shard: str = ""
     autostart: bool = True
     stop_signal: str = "TERM"
     stop_s: int = SERVICE_STOP_S
@@ -155,6 +159,7 @@ class Plan:
                     port=postgres,
                     listens=(Port(postgres, f"{name}, Postgres"), Port(rest, f"{name}, Patroni")),
                     health=Health("patroni", rest),
+                    shard=shard,
                     stop_s=NODE_STOP_S,
                 )
 
@@ -190,7 +195,9 @@ class Plan:
             health=Health("http", port, "/_control/faults"),
         )
 
-    def _service(self, name: str, part: str, module: str, own: int, options: Sequence[str], shared: int = 0) -> Program:
+    def _service(
+        self, name: str, part: str, module: str, own: int, options: Sequence[str], shared: int = 0, shard: str = ""
+    ) -> Program:
         command = [sys.executable, "-m", module, "--config", str(self.layout.settings), "--name", name, *options]
         listens = [Port(own, name)]
         if shared:
@@ -205,6 +212,7 @@ class Plan:
             port=own,
             listens=tuple(listens),
             health=Health("http", own),
+            shard=shard,
             autostart=autostart,
         )
 

@@ -66,8 +66,12 @@ def _section(program: Program, log: Path) -> str:
     return f"[program:{program.name}]\n" + "".join(f"{key} = {value}\n" for key, value in lines.items())
 
 
-def configuration(programs: Sequence[Program], layout: Layout) -> str:
-    """The text of the supervisor's configuration file."""
+def configuration(programs: Sequence[Program], layout: Layout, added_shard: str = "") -> str:
+    """The text of the supervisor's configuration file.
+
+    The programs of a shard that is added to a running cluster form groups of their own, because the supervisor
+    starts a group that has changed anew.
+    """
     text = (
         f"[supervisord]\nlogfile = {_escape(str(layout.log('supervisor')))}\nlogfile_maxbytes = {LOG_BYTES}\n"
         f"logfile_backups = 1\npidfile = {_escape(str(layout.supervisor_pid))}\nchildlogdir = {_escape(str(layout.logs))}\n"
@@ -77,12 +81,14 @@ def configuration(programs: Sequence[Program], layout: Layout) -> str:
         "supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface\n\n"
     )
     for priority, group in enumerate(GROUPS, start=1):
-        members = [program for program in programs if program.group == group]
-        if not members:
-            continue
-        names = ",".join(program.name for program in members)
-        text += f"[group:{group}]\nprograms = {names}\npriority = {priority}\n\n"
-        text += "\n".join(_section(program, layout.log(program.name)) for program in members) + "\n"
+        old = [program for program in programs if program.group == group and not (added_shard and program.shard == added_shard)]
+        new = [program for program in programs if program.group == group and program not in old]
+        for name, members in ((group, old), (f"{group}-{added_shard}", new)):
+            if not members:
+                continue
+            names = ",".join(program.name for program in members)
+            text += f"[group:{name}]\nprograms = {names}\npriority = {priority}\n\n"
+            text += "\n".join(_section(program, layout.log(program.name)) for program in members) + "\n"
     return text
 
 
@@ -184,6 +190,21 @@ class Supervisor:
         except xmlrpc.client.Fault as fault:
             if not fault.faultString.startswith(("ALREADY_STARTED", "NOT_RUNNING")):
                 raise ClusterError(f"{process.name}: {fault.faultString}") from fault
+
+    def add_groups(self) -> None:
+        """Read the configuration again, and start the groups that are new in it; the others are left as they are."""
+        [[added, _, _]] = cast(list[list[list[str]]], self._call("reloadConfig"))
+        for group in added:
+            self._call("addProcessGroup", group)
+
+    def remove_group(self, group: str) -> None:
+        """Stop a group's processes and forget them."""
+        try:
+            self._call("stopProcessGroup", group)
+            self._call("removeProcessGroup", group)
+        except xmlrpc.client.Fault as fault:
+            if not fault.faultString.startswith("BAD_NAME"):
+                raise ClusterError(f"{group}: {fault.faultString}") from fault
 
     def shut_down(self) -> None:
         """Stop everything, services first, etcd last, and then the supervisor. Doesn't wait for it."""

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from deploy import patroni, processes, programs
-from deploy.local import secrets, supervisor
+from deploy.local import WrongHome, secrets, supervisor
 from deploy.local.layout import Layout, Memory
 from deploy.local.parts import ALL_PARTS, Plan
 from deploy.local.ports import Ports
@@ -103,7 +103,7 @@ def test_a_real_account_brings_its_own_address_and_limits(tmp_path: Path) -> Non
 def test_a_file_without_a_key_is_refused(tmp_path: Path) -> None:
     key_file = tmp_path / "key"
     key_file.write_text("hello\n")
-    with pytest.raises(secrets.WrongHome, match="secret key"):
+    with pytest.raises(WrongHome, match="secret key"):
         make_plan(tmp_path / "home", str(key_file))
 
 

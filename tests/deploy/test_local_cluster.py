@@ -15,7 +15,7 @@ import psycopg2
 import pytest
 
 from deploy import patroni, processes
-from deploy.local import AlreadyRunning, Cluster, PortTaken
+from deploy.local import AlreadyRunning, Cluster, Hooks, PartFailed, PortTaken, WrongHome
 from deploy.local.ports import free_base
 from deploy.local.status import NodeStatus, ShardStatus
 from oncepay.settings import load
@@ -111,7 +111,7 @@ def test_the_shard_is_as_promised(data_cluster: Cluster) -> None:
     assert names.startswith("ANY 1 (")
 
 
-def test_postgres_runs_as_nobody_special_and_listens_on_loopback_only(data_cluster: Cluster) -> None:
+def test_everything_listens_on_loopback_and_within_the_span(data_cluster: Cluster) -> None:
     import psutil
 
     base = data_cluster.ports.base
@@ -119,6 +119,7 @@ def test_postgres_runs_as_nobody_special_and_listens_on_loopback_only(data_clust
     listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.pid in pids]
     assert listening
     for each in listening:
+        assert each.laddr
         assert each.laddr.ip == "127.0.0.1"
         assert base <= each.laddr.port < base + 70
 
@@ -239,6 +240,33 @@ def test_all_data_is_there_after_a_kill_and_another_up(data_cluster: Cluster, al
     aggregator.close()
 
 
+def test_a_shard_is_added_while_the_others_run_on(data_cluster: Cluster) -> None:
+    before = {name: state.pid for name, state in data_cluster.supervisor().states().items()}
+    called: list[tuple[str, list[tuple[int, int]]]] = []
+    hooks = Hooks(on_leader=lambda shard, dsn, ranges: called.append((shard, ranges)))
+    data_cluster.add_shard("s1", hooks=hooks)
+    assert called == [("s1", [])]
+    status = data_cluster.status()
+    assert [shard.name for shard in status.shards] == ["s0", "s1"]
+    assert [shard.ranges for shard in status.shards] == [[(0, 65535)], []]
+    assert status.shards[1].leader is not None
+    after = {name: state.pid for name, state in data_cluster.supervisor().states().items()}
+    assert {name: after[name] for name in before} == before
+    with pytest.raises(WrongHome, match="there are s0, s1"):
+        data_cluster.add_shard("s1")
+
+
+def test_a_shard_that_does_not_come_up_is_taken_away_again(data_cluster: Cluster) -> None:
+    def refuse(shard: str, dsn: str, ranges: list[tuple[int, int]]) -> None:
+        raise RuntimeError("no schema today")
+
+    with pytest.raises(PartFailed, match="no schema today"):
+        data_cluster.add_shard("s2", hooks=Hooks(on_leader=refuse))
+    assert [shard.name for shard in data_cluster.status().shards] == ["s0", "s1"]
+    assert not any(name.startswith("node-s2") for name in data_cluster.supervisor().states())
+    assert data_cluster.status().healthy
+
+
 def test_down_leaves_nothing_running_and_keeps_the_data(data_cluster: Cluster) -> None:
     execute(data_cluster, "CREATE TABLE stopped (n int)")
     execute(data_cluster, "INSERT INTO stopped VALUES (7)")
@@ -247,6 +275,7 @@ def test_down_leaves_nothing_running_and_keeps_the_data(data_cluster: Cluster) -
     assert data_cluster.down() is False
     data_cluster.up()
     assert execute(data_cluster, "SELECT n FROM stopped") == [(7,)]
+    assert [shard.name for shard in data_cluster.status().shards] == ["s0", "s1"]
 
 
 COMMAND = [sys.executable, "-m", "cli.main"]
