@@ -25,7 +25,8 @@ from deploy.local.status import leader_of
 from deploy.local.supervisor import Supervisor, SupervisorAway
 
 POLL_S = 0.1
-PROBE_EVERY_S = 0.25
+SLOT_POLL_S = 0.5
+PROBE_EVERY_S = 0.3
 MAX_TRIES = 8
 TRY_AGAIN_S = 1.0
 LOG_LINES = 20
@@ -166,12 +167,12 @@ class BringUp:
             steps.append(self._prepare_routers)
         return steps
 
-    def _until(self, check: Callable[[], bool], process: str) -> None:
+    def _until(self, check: Callable[[], bool], process: str, poll_s: float = POLL_S) -> None:
         """Check again and again until it holds. Raises PartFailed for `process` when the time is over."""
         while not check():
             if time.monotonic() - self.started_s > self.timeout_s:
                 self._fail(process, f"not ready after {self.timeout_s:g} s")
-            if self._cancel.wait(POLL_S):
+            if self._cancel.wait(poll_s):
                 raise Cancelled
 
     def _try(self, call: Callable[[], None], process: str) -> None:
@@ -273,9 +274,10 @@ class BringUp:
 
     def _await_slots(self, shard: str) -> None:
         """Until the feed's slot is on every node: Patroni restarts a standby to give it its copy of a new one."""
+        self._until(lambda: self._leader_with_quorum(shard) is not None, f"node-{shard}-1")
         for name in node_names(shard):
             dsn = self._superuser_dsn(self._node_port(shard, name))
-            self._until(partial(has_slot, dsn), f"node-{name}")
+            self._until(partial(has_slot, dsn), f"node-{name}", SLOT_POLL_S)
 
     def _node_port(self, shard: str, node: str) -> int:
         return self.plan.ports.postgres(self.plan.shards.index(shard), node_names(shard).index(node))
