@@ -14,7 +14,7 @@ ASYNC_CAPTURE_S = 0.3
 """How long after success the balance transaction of an `automatic_async` capture comes."""
 AUTHORIZATION_S = 7 * 86_400
 """How long an authorization can be captured."""
-PROCESSING_CARD_S = 1.0
+PROCESSING_CARD_S = 2.0
 """How long the sandbox's own processing cards take when no fault says otherwise."""
 
 

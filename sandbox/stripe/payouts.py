@@ -8,7 +8,7 @@ from sandbox.stripe.forms import names
 from sandbox.stripe.listing import COMMON, of_table
 from sandbox.stripe.world import World, need
 
-DEPART_S = 1.0
+DEPART_S = 10.0
 """How long a payout stays `pending` and can be canceled."""
 ARRIVE_S = 86_400.0
 """How long it is `in_transit`."""

@@ -8,7 +8,7 @@ from sandbox.stripe.forms import JsonObject, names
 from sandbox.stripe.listing import COMMON, of_table
 from sandbox.stripe.world import World, need
 
-STEP_S = 1.0
+STEP_S = 2.0
 """How long a test refund stays `pending`, or `succeeded` before it fails."""
 REASONS = ("duplicate", "fraudulent", "requested_by_customer")
 CREATE_PARAMS = names(

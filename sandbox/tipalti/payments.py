@@ -18,18 +18,19 @@ REF_CODE_LENGTH_MAX = 64
 FINAL = ("Canceled", "Cleared", "Deferred", "Deferred (Internal)", "Rejected")
 FEE_MINOR = 100
 """What Tipalti takes for a payment that was paid."""
+STEP_S = 2.0
 CLEAR_S = 3_600.0
 
 FATES: dict[str, tuple[tuple[float, str], ...]] = {
-    "rejected": ((1.0, "Scheduled"), (1.0, "Rejected")),
-    "returned": ((1.0, "Scheduled"), (1.0, "Paid"), (CLEAR_S, "Rejected")),
-    "canceled": ((1.0, "Scheduled"), (1.0, "Canceled")),
-    "riskreview": ((1.0, "Risk review"), (600.0, "Scheduled"), (1.0, "Paid"), (CLEAR_S, "Cleared")),
-    "pendingfunds": ((1.0, "Pending funds"), (600.0, "Scheduled"), (1.0, "Paid"), (CLEAR_S, "Cleared")),
-    "internal": ((1.0, "Deferred (Internal)"),),
+    "rejected": ((STEP_S, "Scheduled"), (STEP_S, "Rejected")),
+    "returned": ((STEP_S, "Scheduled"), (STEP_S, "Paid"), (CLEAR_S, "Rejected")),
+    "canceled": ((STEP_S, "Scheduled"), (STEP_S, "Canceled")),
+    "riskreview": ((STEP_S, "Risk review"), (600.0, "Scheduled"), (STEP_S, "Paid"), (CLEAR_S, "Cleared")),
+    "pendingfunds": ((STEP_S, "Pending funds"), (600.0, "Scheduled"), (STEP_S, "Paid"), (CLEAR_S, "Cleared")),
+    "internal": ((STEP_S, "Deferred (Internal)"),),
 }
 """By a word in the payee's refCode: after how many seconds of the clock a payment goes to which state."""
-FATE_DEFAULT = ((1.0, "Scheduled"), (1.0, "Paid"), (CLEAR_S, "Cleared"))
+FATE_DEFAULT = ((STEP_S, "Scheduled"), (STEP_S, "Paid"), (CLEAR_S, "Cleared"))
 NOTICES = {
     "Submitted": "payment_submitted",
     "Deferred": "deferred",

@@ -13,7 +13,7 @@ from tests.sandbox.process import Receiver, StandIn, receiver, stripe_client
 
 @pytest.fixture(scope="session")
 def shared() -> Iterator[StandIn]:
-    """One stand-in for all tests that set no faults and advance the clock by seconds only."""
+    """One stand-in for all tests; those that set faults or make webhook endpoints ask for `calm`."""
     stand_in = StandIn("stripe").start()
     yield stand_in
     stand_in.stop()
@@ -33,6 +33,22 @@ def fresh(tmp_path: Path) -> Iterator[Callable[..., StandIn]]:
     for stand_in in made:
         if stand_in.process is not None and stand_in.process.poll() is None:
             stand_in.stop()
+
+
+@pytest.fixture
+def calm(shared: StandIn) -> Iterator[StandIn]:
+    """The shared stand-in, to set faults on and advance; afterwards it has no faults and no webhook endpoints."""
+    yield shared
+    shared.faults()
+    shared.forget_endpoints()
+
+
+@pytest.fixture(scope="session")
+def shared_tipalti() -> Iterator[StandIn]:
+    """One Tipalti for all tests; they use names of their own."""
+    stand_in = StandIn("tipalti").start()
+    yield stand_in
+    stand_in.stop()
 
 
 @pytest.fixture

@@ -83,6 +83,16 @@ class StandIn:
     def faults(self, **settings: object) -> Any:
         return self.control("PUT", "faults", settings)
 
+    def forget_endpoints(self) -> None:
+        """Delete all webhook endpoints of a Stripe stand-in."""
+        headers = {"Authorization": f"Bearer {KEY}"}
+        url = f"{self.url}/v1/webhook_endpoints"
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            found = json.load(answer)["data"]
+        for endpoint in found:
+            request = urllib.request.Request(f"{url}/{endpoint['id']}", method="DELETE", headers=headers)
+            urllib.request.urlopen(request, timeout=10).close()
+
     def advance(self, seconds: float) -> None:
         self.control("POST", "clock", {"advance_s": seconds})
 

@@ -132,7 +132,7 @@ async def test_processing(client: StripeClient, shared: StandIn, card: str, stat
     with pytest.raises(stripe.InvalidRequestError) as refused:
         await client.v1.payment_intents.cancel_async(intent.id)
     assert refused.value.code == "payment_intent_unexpected_state"
-    shared.advance(2)
+    shared.advance(3)
     ending = "succeeded" if status == "succeeded" else "payment_failed"
     await event_of(client, f"payment_intent.{ending}", intent.id)
     assert (await client.v1.payment_intents.retrieve_async(intent.id)).status == status
@@ -204,7 +204,7 @@ async def test_pending_refund_succeeds(client: StripeClient, shared: StandIn) ->
     intent = await pay(client, "pm_card_pendingRefund")
     refund = await client.v1.refunds.create_async({"payment_intent": intent.id})
     assert refund.status == "pending"
-    shared.advance(2)
+    shared.advance(3)
     event = await event_of(client, "refund.updated", refund.id)
     assert event.data.object["status"] == "succeeded"
 
@@ -213,7 +213,7 @@ async def test_refund_that_fails_after_success_gives_the_money_back(client: Stri
     intent = await pay(client, "pm_card_refundFail")
     refund = await client.v1.refunds.create_async({"payment_intent": intent.id})
     assert refund.status == "succeeded"
-    shared.advance(2)
+    shared.advance(3)
     await event_of(client, "refund.failed", refund.id)
     failed = await client.v1.refunds.retrieve_async(refund.id, {"expand": ["failure_balance_transaction"]})
     back = failed.failure_balance_transaction

@@ -66,8 +66,8 @@ async def test_validation_failures_are_not_kept(client: StripeClient) -> None:
     assert intent.amount == 1000
 
 
-async def test_same_key_while_the_first_is_running(fresh: Any) -> None:
-    stand_in = fresh()
+async def test_same_key_while_the_first_is_running(calm: StandIn) -> None:
+    stand_in = calm
     stand_in.faults(latency_ms=[400, 400])
     form = {"amount": "1000", "currency": "usd"}
     answers = await asyncio.gather(*[raw(stand_in.url, "/v1/payment_intents", form, "twice") for _ in range(3)])
@@ -77,8 +77,8 @@ async def test_same_key_while_the_first_is_running(fresh: Any) -> None:
     assert (await raw(stand_in.url, "/v1/payment_intents", form, "twice"))[2]["Idempotent-Replayed"] == "true"
 
 
-async def test_keys_are_forgotten_after_a_day(fresh: Any) -> None:
-    stand_in = fresh()
+async def test_keys_are_forgotten_after_a_day(calm: StandIn) -> None:
+    stand_in = calm
     async with stripe_client(stand_in.url) as client:
         first = await client.v1.payment_intents.create_async(BODY, {"idempotency_key": "old"})
         stand_in.advance(86_399 - 60)
@@ -87,33 +87,42 @@ async def test_keys_are_forgotten_after_a_day(fresh: Any) -> None:
         assert (await client.v1.payment_intents.create_async(BODY, {"idempotency_key": "old"})).id != first.id
 
 
-async def test_an_error_before_leaves_nothing_an_error_after_is_kept(fresh: Any) -> None:
-    stand_in = fresh()
-    async with stripe_client(stand_in.url) as client:
-        stand_in.faults(error_before=1)
-        with pytest.raises(stripe.APIError):
-            await client.v1.payment_intents.create_async(BODY, {"idempotency_key": "before"})
-        stand_in.faults()
-        assert (await client.v1.payment_intents.list_async()).data == []
-        await client.v1.payment_intents.create_async(BODY, {"idempotency_key": "before"})
+async def made(client: StripeClient, mark: str) -> list[str]:
+    """Intents with that mark in their metadata."""
+    page = await client.v1.payment_intents.search_async({"query": f'metadata["mark"]:"{mark}"', "limit": 100})
+    return [intent.id for intent in page.data]
 
-        stand_in.faults(error_after=1)
+
+async def test_an_error_before_leaves_nothing_an_error_after_is_kept(calm: StandIn) -> None:
+    before = calm.control("GET", "counts")["faults"]
+    async with stripe_client(calm.url) as client:
+        body = BODY | {"metadata": {"mark": "errors"}}
+        calm.faults(error_before=1)
+        with pytest.raises(stripe.APIError):
+            await client.v1.payment_intents.create_async(body, {"idempotency_key": "before"})
+        calm.faults()
+        assert await made(client, "errors") == []
+        await client.v1.payment_intents.create_async(body, {"idempotency_key": "before"})
+
+        calm.faults(error_after=1)
         with pytest.raises(stripe.APIError) as after:
-            await client.v1.payment_intents.create_async(BODY, {"idempotency_key": "after"})
+            await client.v1.payment_intents.create_async(body, {"idempotency_key": "after"})
         assert after.value.http_status == 500
-        stand_in.faults()
-        assert len((await client.v1.payment_intents.list_async()).data) == 2
+        calm.faults()
+        assert len(await made(client, "errors")) == 2
         with pytest.raises(stripe.APIError) as replayed:
-            await client.v1.payment_intents.create_async(BODY, {"idempotency_key": "after"})
+            await client.v1.payment_intents.create_async(body, {"idempotency_key": "after"})
         assert replayed.value.headers is not None
         assert replayed.value.headers["Idempotent-Replayed"] == "true"
-        assert len((await client.v1.payment_intents.list_async()).data) == 2
-        assert stand_in.control("GET", "counts")["faults"] == {"error_before": 1, "error_after": 1}
+        assert len(await made(client, "errors")) == 2
+        faults = calm.control("GET", "counts")["faults"]
+        applied = {name: faults[name] - before.get(name, 0) for name in ("error_before", "error_after")}
+        assert applied == {"error_before": 1, "error_after": 1}
 
 
-async def test_a_lost_answer_has_happened_a_reset_has_not(fresh: Any) -> None:
-    stand_in = fresh()
-    form = {"amount": "1000", "currency": "usd"}
+async def test_a_lost_answer_has_happened_a_reset_has_not(calm: StandIn) -> None:
+    stand_in = calm
+    form = {"amount": "1000", "currency": "usd", "metadata[mark]": "lost"}
     stand_in.faults(lost_answer=1)
     with pytest.raises(aiohttp.ClientError):
         await raw(stand_in.url, "/v1/payment_intents", form, "lost")
@@ -125,11 +134,11 @@ async def test_a_lost_answer_has_happened_a_reset_has_not(fresh: Any) -> None:
         await raw(stand_in.url, "/v1/payment_intents", form, "down")
     stand_in.faults()
     async with stripe_client(stand_in.url) as client:
-        intents = (await client.v1.payment_intents.list_async()).data
+        intents = await made(client, "lost")
         assert len(intents) == 1
         found = await raw(stand_in.url, "/v1/payment_intents", form, "lost")
         assert found[2]["Idempotent-Replayed"] == "true"
-        assert intents[0].id in found[1]
+        assert intents[0] in found[1]
         assert "Idempotent-Replayed" not in (await raw(stand_in.url, "/v1/payment_intents", form, "reset"))[2]
 
 
@@ -148,8 +157,8 @@ async def test_rate_limits(fresh: Any) -> None:
         assert (await client.v1.payment_intents.create_async(BODY, {"idempotency_key": "limited"})).amount == 1000
 
 
-async def test_the_same_seed_gives_the_same_faults(fresh: Any) -> None:
-    stand_in = fresh()
+async def test_the_same_seed_gives_the_same_faults(calm: StandIn) -> None:
+    stand_in = calm
 
     async def pattern(seed: int) -> list[int]:
         stand_in.faults(seed=seed, error_before=0.3)
@@ -161,24 +170,26 @@ async def test_the_same_seed_gives_the_same_faults(fresh: Any) -> None:
     assert 5 <= first.count(500) <= 35
 
 
-async def test_processing_is_a_share_of_confirms(fresh: Any) -> None:
-    stand_in = fresh()
+async def test_processing_is_a_share_of_confirms(calm: StandIn) -> None:
+    stand_in = calm
+    before = stand_in.control("GET", "counts")["faults"].get("processing", 0)
     stand_in.faults(seed=1, processing=0.5, processing_s=[100, 100])
     async with stripe_client(stand_in.url) as client:
         params: Any = {**BODY, "confirm": True, "payment_method": "pm_card_visa"}
         intents = [await client.v1.payment_intents.create_async(params) for _ in range(30)]
         waiting = [intent.id for intent in intents if intent.status == "processing"]
-        assert stand_in.control("GET", "counts")["faults"]["processing"] == len(waiting)
+        assert stand_in.control("GET", "counts")["faults"]["processing"] == before + len(waiting)
         assert 5 <= len(waiting) <= 25
         stand_in.advance(101)
-        page = await client.v1.payment_intents.list_async({"limit": 100})
+        page = await client.v1.payment_intents.list_async({"limit": 30})
+        assert {intent.id for intent in page.data} == {intent.id for intent in intents}
         assert {intent.status for intent in page.data} == {"succeeded"}
 
 
-def test_control_refuses_nonsense(fresh: Any) -> None:
+def test_control_refuses_nonsense(calm: StandIn) -> None:
     import urllib.error
 
-    stand_in = fresh()
+    stand_in = calm
     for body in ({"lost_answer": 2}, {"colour": 1}, {"latency_ms": [5, 1]}):
         with pytest.raises(urllib.error.HTTPError) as refused:
             stand_in.control("PUT", "faults", body)
