@@ -21,6 +21,7 @@ COMMANDS = {
     "down": Entry("cli.down", "down", "Stop the local cluster; its data stays."),
     "status": Entry("cli.status", "status", "Show what runs, where, and how well."),
     "keys": Entry("cli.keys", "keys", "Take idempotency keys, and look after their pool."),
+    "shards": Entry("cli.shards", "shards", "Look after single shards."),
     "verify": Entry("cli.verify", "verify", "Check every promise from outside, row by row."),
     "demo": Entry("cli.demo", "demo", "Replay 6,919 real purchases on a cluster of its own, and verify."),
 }
