@@ -12,7 +12,7 @@ BLOCKS = "blocks/"
 OWNERS = "owners/"
 
 SMALLEST_BLOCK_KEYS = 1 << 16
-BLOCK_KEYS = 1 << 20
+BLOCK_KEYS = 1 << 24
 
 
 class BlockRecord(msgspec.Struct, frozen=True, omit_defaults=True):
