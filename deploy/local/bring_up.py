@@ -139,13 +139,15 @@ class BringUp:
             for node in node_names(shard):
                 shutil.rmtree(self.layout.node(node) / "data", ignore_errors=True)
         steps = self._steps()
-        with ThreadPoolExecutor(len(steps)) as pool:
-            futures: list[Future[None]] = [pool.submit(step) for step in steps]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                self._cancel.set()
-        errors = [error for future in futures if (error := future.exception()) is not None]
+        pool = ThreadPoolExecutor(len(steps))
+        futures: list[Future[None]] = [pool.submit(step) for step in steps]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            # A migration whose commit finds no quorum would hold this up; it ends when its Postgres does.
+            self._cancel.set()
+            pool.shutdown(wait=False)
+        errors = [error for future in futures if future.done() and (error := future.exception()) is not None]
         causes = [error for error in errors if not isinstance(error, Cancelled)]
         if causes:
             raise causes[0]

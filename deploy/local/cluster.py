@@ -125,7 +125,10 @@ class Cluster:
         self.layout.make()
         with self._only_one_up():
             if self.is_running():
-                raise AlreadyRunning(f"a cluster is already running in {self.home}: `oncepay status` shows it")
+                router = f"http://127.0.0.1:{self.ports.router}"
+                raise AlreadyRunning(
+                    f"a cluster is already running in {self.home}, its router at {router}: `oncepay status` shows it"
+                )
             memory = self._next_memory(stripe_key_file, stripe_webhook_secret_file)
             if not Leftovers(self.layout).end():
                 raise ClusterError("processes of an earlier run can't be ended")

@@ -156,7 +156,7 @@ class Layout:
         self.clean_run()
         if not self.home.exists():
             return
-        if self.memory() is None and any(self.home.iterdir()):
+        if not self.lock.exists() and self.memory() is None and any(self.home.iterdir()):
             raise WrongHome(f"{self.home} holds no cluster: nothing was deleted")
         try:
             shutil.rmtree(self.home)

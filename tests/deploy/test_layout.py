@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from deploy.local import Cluster, NotRunning, WrongHome
+from deploy.local import Cluster, NotRunning, PortTaken, WrongHome
 from deploy.local.layout import SOCKET_PATH_BYTES, SUPERVISOR_SUFFIX_BYTES, Layout, Memory
+from deploy.local.ports import Ports
 
 
 def test_a_deep_home_gets_a_short_folder_for_its_socket(tmp_path: Path) -> None:
@@ -45,6 +47,17 @@ def test_purge_deletes_a_home_and_nothing_else(tmp_path: Path) -> None:
     home.remember(Memory(9000, ("s0",)))
     home.purge()
     assert not home.home.exists()
+
+
+def test_a_home_whose_first_up_was_refused_can_be_purged(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        base = listener.getsockname()[1] - Ports(9000).etcd_client(0) + 9000
+        with pytest.raises(PortTaken):
+            Cluster(tmp_path / "home", base, parts=["etcd"]).up()
+    assert Cluster(tmp_path / "home").down(purge=True) is False
+    assert not (tmp_path / "home").exists()
 
 
 def test_a_home_remembers_its_cluster(tmp_path: Path) -> None:

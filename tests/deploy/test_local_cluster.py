@@ -298,6 +298,22 @@ def test_a_start_that_was_cut_off_starts_anew(cluster_folder: Path) -> None:
     assert not cluster.home.exists()
 
 
+def test_an_interrupted_start_leaves_nothing_running(cluster_folder: Path) -> None:
+    home = cluster_folder / "interrupted"
+    environment = {**os.environ, "ONCEPAY_HOME": str(home), "ONCEPAY_PORT_BASE": str(free_base())}
+    starting = subprocess.Popen([*COMMAND, "up", "--only", "etcd,nodes"], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        until(lambda: any(home.glob("nodes/*/data/PG_VERSION")), 60)
+        starting.send_signal(signal.SIGINT)
+        _, said = starting.communicate(timeout=60)
+        assert starting.returncode == 130
+        assert "interrupted" in said
+        assert Cluster(home).pids() == []
+    finally:
+        starting.kill()
+        Cluster(home).down(purge=True)
+
+
 def test_foreground_stops_everything_on_sigterm(cluster_folder: Path) -> None:
     home = cluster_folder / "foreground"
     environment = {**os.environ, "ONCEPAY_HOME": str(home), "ONCEPAY_PORT_BASE": str(free_base())}
