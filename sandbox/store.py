@@ -8,6 +8,8 @@ of the process. (It needn't survive loss of power: `synchronous=OFF`.)
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ LOCK_WAIT_S = 3.0
 """How long to wait for a predecessor that is still letting go of the state file."""
 CACHE_MAX = 20_000
 """Objects of one kind that are kept in memory; older ones are read from SQLite again."""
+
+log = logging.getLogger("sandbox.store")
 
 VERSION = 1
 """Of the state file's form; raised when a kept struct or table changes in a way that old files can't be read with."""
@@ -105,12 +109,16 @@ class Store:
             writes.write(self.connection)
 
     def flush(self) -> None:
-        """Commit what is pending, then let the answers go."""
+        """Commit what is pending, then let the answers go. When that fails the process ends: memory and file have parted."""
         self._scheduled = False
-        self.spill()
-        if self._in_transaction:
-            self.connection.execute("COMMIT")
-            self._in_transaction = False
+        try:
+            self.spill()
+            if self._in_transaction:
+                self.connection.execute("COMMIT")
+                self._in_transaction = False
+        except sqlite3.Error:
+            log.critical("can't write the state; ending, so that nothing unwritten is answered", exc_info=True)
+            os._exit(1)
         after, self._after = self._after, []
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:

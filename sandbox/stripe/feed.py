@@ -124,10 +124,10 @@ def update_endpoint(world: World, call: Call) -> Result:
     params.allow(ENDPOINT_PARAMS)
     row = _find(world, call)
     url, names, disabled = _url(params), _enabled_events(params), params.boolean("disabled")
-    metadata = params.merge_metadata(row.metadata)
+    metadata, description = params.merge_metadata(row.metadata), params.text("description")
     row.url, row.enabled_events, row.metadata = url or row.url, names or row.enabled_events, metadata
     if "description" in params:
-        row.description = params.text("description")
+        row.description = description
     if disabled is not None:
         row.status = "disabled" if disabled else "enabled"
     world.endpoints.save(row)

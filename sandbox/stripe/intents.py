@@ -144,8 +144,9 @@ def _check_customer(world: World, params: Params) -> str | None:
 
 
 def _off_session(params: Params) -> bool:
+    """Whether the buyer isn't there to authenticate, so that a card which asks for it is declined."""
     value = params.text("off_session")
-    return value not in (None, "false", "False", "0")
+    return value not in (None, "false", "False", "0") or bool(params.boolean("error_on_requires_action"))
 
 
 def create(world: World, call: Call) -> Result:
@@ -294,12 +295,12 @@ def update(world: World, call: Call) -> Result:
             f"This PaymentIntent's {name} could not be updated because it has a status of {row.status}. You may only update the "
             f"{name} of a PaymentIntent with one of the following statuses: {', '.join(OPEN)}.",
         )
+    types, description = params.texts("payment_method_types"), params.text("description")
     method = methods.resolve(world, params)
     row.amount, row.currency, row.customer, row.capture_method = amount, currency, customer, capture_method
     row.metadata, row.extra = metadata, extra
     if "description" in params:
-        row.description = params.text("description")
-    types = params.texts("payment_method_types")
+        row.description = description
     if types:
         row.payment_method_types = types
     if method is not None:

@@ -29,9 +29,10 @@ def update_charge(world: World, call: Call) -> Result:
     params = call.params
     params.allow(UPDATE_CHARGE_PARAMS)
     row = need(world.charges, call.id, "charge", "id")
-    row.metadata = params.merge_metadata(row.metadata)
+    metadata, description = params.merge_metadata(row.metadata), params.text("description")
+    row.metadata = metadata
     if "description" in params:
-        row.description = params.text("description")
+        row.description = description
     world.charges.save(row)
     world.events.emit("charge.updated", "charge", row)
     return Object("charge", row)

@@ -160,6 +160,7 @@ class StripeService:
             if isinstance(found, Answer):
                 if latency_s:
                     await asyncio.sleep(latency_s)
+                await self.world.store.committed()
                 return self._replay(request, request_id, found, key)
             ticket = found
         call = Call(
@@ -233,7 +234,11 @@ class StripeService:
         if "expand" in call.params:
             paths = call.params.texts("expand")
             if paths:
-                view = expand(self.world, view, paths)
+                try:
+                    view = expand(self.world, view, paths)
+                except errors.StripeError as error:
+                    error.stored = True  # by now the call has been executed
+                    raise
         return view
 
     def _replay(self, request: web.BaseRequest, request_id: str, answer: Answer, key: str) -> web.StreamResponse:
