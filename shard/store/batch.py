@@ -301,8 +301,8 @@ class Batcher:
                 found = _entries(row["entries"]) if row["entries"] else ()
                 target.future.set_result(Answer(row["outcome"], payment, found, row["event"] or ""))
         for operation in batch:
-            if not operation.future.done():  # a barrier, or an intent that no row names
-                operation.future.set_result(Answer("missing", None))
+            if not operation.future.done():  # an intent that no row names
+                operation.future.set_result(Answer("missing" if operation.put is None else "done", None))
 
     def _unknown(self, connection: asyncpg.Connection, batch: list[_Operation], error: BaseException) -> None:
         connection.terminate()

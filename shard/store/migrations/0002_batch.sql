@@ -4,7 +4,8 @@
 
 -- Advisory lock classes: 1 = a range of slots (by its first slot), 2 = the worker's epoch.
 
--- kind: 'put' (one answer a put, by its ordinal), 'get' (one answer a key or intent that was found).
+-- kind: 'put' (one answer a put that was not done, by its ordinal; a put without an answer was done), 'get' (one answer a
+-- key), 'intent' (one answer an intent that a row names).
 -- outcome of a put: 'done', 'exists' (version 0 was expected: the row as it is follows), 'conflict' (the row's version is
 -- another: the row as it is follows), 'missing', 'moved' (the slot is not this shard's).
 create type oncepay.answer as (
@@ -57,6 +58,7 @@ begin
             select from oncepay.ranges r
             where r.first = any (p_ranges) and u.slot between r.first and r.last);
 
+        if 0 = any (p_expect) then
         with written as (
             insert into oncepay.payments as p (
                 slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
@@ -73,13 +75,17 @@ begin
             returning p.key)
         select coalesce(array_agg(u.n), '{}') into done
         from unnest(p_key) with ordinality u (key, n) join written w on w.key = u.key;
+        end if;
 
+        if 0 < any (p_expect) then
         -- Rows are locked in the order of (slot, key): two batches never wait for each other in a ring.
-        perform from oncepay.payments p
-        join unnest(p_slot, p_key, p_expect) u (slot, key, expect) on p.slot = u.slot and p.key = u.key
-        where u.expect > 0
-        order by p.slot, p.key
-        for no key update of p;
+        if cardinality(p_slot) > 1 then
+            perform from oncepay.payments p
+            join unnest(p_slot, p_key, p_expect) u (slot, key, expect) on p.slot = u.slot and p.key = u.key
+            where u.expect > 0
+            order by p.slot, p.key
+            for no key update of p;
+        end if;
 
         with written as (
             update oncepay.payments p
@@ -92,6 +98,7 @@ begin
               and not u.n = any (moved)
             returning u.n)
         select done || coalesce(array_agg(w.n), '{}') into done from written w;
+        end if;
 
         if cardinality(e_put) > 0 then
             insert into oncepay.entries (slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at)
@@ -108,10 +115,10 @@ begin
             where l.put = any (done);
         end if;
 
+        if cardinality(done) < cardinality(p_slot) then
         return query
         select 'put', u.n::integer,
-               case when u.n = any (done) then 'done'
-                    when u.n = any (moved) then 'moved'
+               case when u.n = any (moved) then 'moved'
                     when p.key is null then 'missing'
                     when u.expect = 0 then 'exists'
                     else 'conflict' end,
@@ -119,7 +126,9 @@ begin
                p.intent, p.fingerprint, p.terms::text, p.progress::text, p.event, p.created_at, p.updated_at, p.expires_at,
                null
         from unnest(p_slot, p_key, p_expect) with ordinality u (slot, key, expect, n)
-        left join oncepay.payments p on p.slot = u.slot and p.key = u.key and not u.n = any (done) and not u.n = any (moved);
+        left join oncepay.payments p on p.slot = u.slot and p.key = u.key and not u.n = any (moved)
+        where not u.n = any (done);
+        end if;
     end if;
 
     if cardinality(g_key) > 0 then

@@ -169,7 +169,7 @@ async def test_nothing_is_answered_that_no_standby_has(
     node = store.leaders.current("s0")
     assert node is not None
     standbys = [f"s0-{n}" for n in (1, 2, 3) if f"s0-{n}" != node.name]
-    waits = "select pid from pg_stat_activity where wait_event = 'SyncRep'"
+    waits = "select pid from pg_stat_activity where wait_event = 'SyncRep' and application_name = 'test'"
     with frozen(cluster, standbys):
         first = asyncio.create_task(store.accept(payment))
         while not (pid := await leader.fetchval(waits)):
