@@ -1,0 +1,301 @@
+"""The breaker, the lists, and what the poller does with what it finds; the database and Stripe are in test_worker.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import msgspec
+import pytest
+
+from oncepay.errors import StripeUnavailable
+from oncepay.keys import slot
+from oncepay.payment import Charge, IntentView, Key, Payment, Status
+from oncepay.settings import PollSettings
+from oncepay.stripe_objects import EventData, EventList, EventObject, IntentList, IntentObject
+from shard.store.batch import EpochOver
+from shard.worker.breaker import Breaker
+from shard.worker.bulk import Bulk, decide
+from shard.worker.cache import Pending, PendingCache
+from shard.worker.errors import StandDown
+from shard.worker.poller import Poller
+from tests.shard.worker.harness import new_payment
+from tests.shard.worker.test_cache import Clock
+
+FAR_S = 10**10
+
+
+def pending(status: Status, tries: int = 1, key: str = "k") -> Pending:
+    return Pending(Key(key), status, 3, tries, FAR_S)
+
+
+def test_the_breaker_opens_probes_and_closes() -> None:
+    clock = Clock()
+    breaker = Breaker(3, clock)
+    for _ in range(2):
+        breaker.failure()
+    breaker.success()
+    for _ in range(2):
+        breaker.failure()
+    assert breaker.allowance(10) == 10
+    breaker.failure()
+    assert breaker.open
+    assert breaker.allowance(10) == 0
+    clock.now_s += 1.1
+    assert breaker.allowance(10) == 1
+    breaker.probing()
+    assert breaker.allowance(10) == 0
+    breaker.failure()
+    clock.now_s += 1.1
+    assert breaker.allowance(10) == 0, "the pause has doubled"
+    clock.now_s += 1.1
+    assert breaker.allowance(10) == 1
+    breaker.probing()
+    breaker.unanswered()
+    assert breaker.allowance(10) == 1
+    breaker.probing()
+    breaker.success()
+    assert not breaker.open
+    assert breaker.allowance(10) == 10
+
+
+def view(status: str, *, fee: int = -1) -> IntentView:
+    charge = Charge("ch", "succeeded", "txn" if fee >= 0 else "", fee) if status == "succeeded" else None
+    return IntentView("pi", status, charge=charge)
+
+
+@pytest.mark.parametrize(
+    ("status", "tries", "seen", "decision"),
+    [
+        (Status.PROCESSING, 1, view("processing"), "unchanged"),
+        (Status.CONFIRMING, 1, view("processing"), "apply"),
+        (Status.CANCELING, 1, view("processing"), "unchanged"),
+        (Status.PROCESSING, 1, view("succeeded"), "apply"),
+        (Status.SUCCEEDED, 1, view("succeeded"), "unchanged"),
+        (Status.SUCCEEDED, 1, view("succeeded", fee=30), "apply"),
+        (Status.CANCELING, 1, view("canceled"), "apply"),
+        (Status.REQUIRES_ACTION, 0, view("requires_action"), "unchanged"),
+        (Status.CONFIRMING, 0, view("requires_action"), "apply"),
+        (Status.CANCELING, 0, view("requires_action"), "drive"),
+        (Status.CONFIRMING, 0, view("requires_payment_method"), "drive"),
+        (Status.CONFIRMING, 5, view("requires_confirmation"), "drive"),
+        (Status.ATTEMPTED, 0, view("requires_payment_method"), "drive"),
+        (Status.ATTEMPTED, 1, view("requires_payment_method"), "unchanged"),
+        (Status.REQUIRES_PAYMENT_METHOD, 0, view("requires_payment_method"), "drive"),
+        (Status.REQUIRES_PAYMENT_METHOD, 1, view("requires_payment_method"), "unchanged"),
+        (Status.PROCESSING, 1, view("requires_payment_method"), "drive"),
+    ],
+)
+def test_what_a_listed_view_means(status: Status, tries: int, seen: IntentView, decision: str) -> None:
+    assert decide(pending(status, tries), seen) == decision
+
+
+class Lists:
+    """Stripe's lists over given intents and events, newest first, 100 a page, counting calls."""
+
+    def __init__(self) -> None:
+        self.intents_made: list[IntentObject] = []
+        self.events_made: list[EventObject] = []
+        self.calls = 0
+        self.down = False
+
+    async def intents(self, *, created_gte: int, created_lte: int | None = None, starting_after: str = "") -> IntentList:
+        self.calls += 1
+        if self.down:
+            raise StripeUnavailable("down")
+        upper = FAR_S if created_lte is None else created_lte
+        found = [i for i in reversed(self.intents_made) if created_gte <= i.created <= upper]
+        start = next((n + 1 for n, i in enumerate(found) if i.id == starting_after), 0)
+        return IntentList(found[start : start + 100], has_more=len(found) > start + 100)
+
+    async def events(self, *, created_gte: int, starting_after: str = "", ending_before: str = "") -> EventList:
+        self.calls += 1
+        found = [e for e in reversed(self.events_made) if e.created >= created_gte]
+        start = next((n + 1 for n, e in enumerate(found) if e.id == starting_after), 0)
+        return EventList(found[start : start + 100], has_more=len(found) > start + 100)
+
+    def intent(self, key: str, status: str, created_s: float) -> None:
+        number = len(self.intents_made)
+        self.intents_made.append(IntentObject(f"pi_{number}", status, created=int(created_s), metadata={"oncepay_key": key}))
+
+    def event(self, key: str, created_s: float) -> None:
+        body = msgspec.Raw(json.dumps({"id": "pi", "metadata": {"oncepay_key": key}}).encode())
+        self.events_made.append(EventObject(f"evt_{len(self.events_made)}", "payment_intent.x", int(created_s), EventData(body)))
+
+
+def bulk_for(lists: Lists, clock: Clock, keys: list[str], status: str = "processing") -> tuple[Bulk, PendingCache]:
+    cache = PendingCache(PollSettings(), clock)
+    for key in keys:
+        cache.put(key, status, 3, True, FAR_S)
+    return Bulk(lists, cache, "s0", 5.0, clock), cache
+
+
+async def test_one_list_call_answers_a_hundred() -> None:
+    clock, lists = Clock(10_000), Lists()
+    keys = [f"k{n}" for n in range(100)]
+    bulk, cache = bulk_for(lists, clock, keys)
+    for n, key in enumerate(keys):
+        lists.intent(key, "succeeded" if n % 2 else "processing", clock.now_s)
+    clock.now_s += 7
+    result = await bulk.sort(cache.take_due(1_000))
+    assert lists.calls == 1
+    assert (len(result.apply), len(result.unchanged), len(result.left)) == (50, 50, 0)
+
+
+async def test_few_are_asked_for_singly_and_hopeless_pages_are_not_read() -> None:
+    clock, lists = Clock(10_000), Lists()
+    bulk, cache = bulk_for(lists, clock, ["a", "b"])
+    clock.now_s += 7
+    assert len((await bulk.sort(cache.take_due(10))).left) == 2
+    assert lists.calls == 0
+    keys = [f"k{n}" for n in range(20)]
+    bulk, cache = bulk_for(lists, clock, keys)
+    for n in range(1_000):
+        lists.intent(f"others{n}", "succeeded", clock.now_s)
+    clock.now_s += 7
+    assert len((await bulk.sort(cache.take_due(100))).left) == 20
+    assert lists.calls == 1
+
+
+async def test_events_tell_which_old_ones_have_not_changed() -> None:
+    clock, lists = Clock(10_000), Lists()
+    keys = [f"k{n}" for n in range(20)]
+    bulk, _ = bulk_for(lists, clock, keys)
+    old = [pending(Status.PROCESSING, 9, key) for key in keys]
+    await bulk.sort(old)
+    clock.now_s += 600
+    await bulk.sort(old)
+    lists.event("k3", clock.now_s)
+    lists.event("not ours", clock.now_s)
+    clock.now_s += 5
+    result = await bulk.sort(old)
+    assert [p.key for p in result.left] == ["k3"]
+    assert len(result.unchanged) == 19
+
+
+async def test_too_many_events_leave_all_to_single_calls() -> None:
+    clock, lists = Clock(10_000), Lists()
+    keys = [f"k{n}" for n in range(20)]
+    bulk, _ = bulk_for(lists, clock, keys)
+    old = [pending(Status.PROCESSING, 9, key) for key in keys]
+    await bulk.sort(old)
+    clock.now_s += 600
+    for n in range(2_000):
+        lists.event(f"others{n}", clock.now_s - 1)
+    before = lists.calls
+    assert len((await bulk.sort(old)).left) == 20
+    assert lists.calls - before == 10
+    assert len((await bulk.sort(old)).left) == 20
+    assert lists.calls - before == 10, "the list is left alone for a while"
+
+
+class Rows:
+    """A store and a driver over rows in memory, noting what was asked of them."""
+
+    def __init__(self, *payments: Payment) -> None:
+        self.rows = {payment.key: payment for payment in payments}
+        self.calls: list[tuple[str, str]] = []
+        self.error: Exception | None = None
+        self.called = asyncio.Event()
+
+    def _note(self, what: str, key: str) -> None:
+        self.calls.append((what, key))
+        self.called.set()
+        if self.error is not None:
+            raise self.error
+
+    async def get(self, key: str) -> Payment | None:
+        return self.rows.get(Key(key))
+
+    async def drive(self, payment: Payment) -> Payment:
+        self._note("drive", payment.key)
+        return payment
+
+    async def drive_on(self, key: str) -> Payment | None:
+        self._note("drive_on", key)
+        return self.rows.get(Key(key))
+
+    async def see(self, payment: Payment, view: IntentView, event: str) -> Payment:
+        self._note("see", payment.key)
+        return payment
+
+
+def soon(*keys: str, status: str = "processing", expires_s: float = FAR_S) -> PendingCache:
+    """A cache whose payments are due at once."""
+    clock = Clock(time.time() - 100)
+    cache = PendingCache(PollSettings(first_s=1.0, max_s=2.0), clock)
+    for key in keys:
+        cache.put(key, status, 1, True, expires_s)
+    cache._now = time.time
+    return cache
+
+
+async def until_called(poller: Poller, rows: Rows, count: int) -> None:
+    task = asyncio.create_task(poller.run())
+    try:
+        async with asyncio.timeout(10):
+            while len(rows.calls) < count:
+                rows.called.clear()
+                await rows.called.wait()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_is_due_is_driven_on() -> None:
+    rows = Rows(new_payment("a"), new_payment("b", status=Status.PROCESSING))
+    cache = soon("a", "b")
+    poller = Poller("s0", cache, rows, rows, Bulk(Lists(), cache, "s0", 1.0), lambda _: True)
+    await until_called(poller, rows, 2)
+    assert set(rows.calls[:2]) == {("drive_on", "a"), ("drive_on", "b")}
+
+
+async def test_listed_views_are_applied_to_the_row_as_it_is() -> None:
+    keys = [f"k{n}" for n in range(10)]
+    rows = Rows(*(new_payment(key, status=Status.PROCESSING) for key in keys))
+    rows.rows[Key("k9")] = msgspec.structs.replace(rows.rows[Key("k9")], version=7, status=Status.REQUIRES_ACTION)
+    lists, cache = Lists(), soon(*keys)
+    for n, key in enumerate(keys):
+        lists.intent(key, "succeeded" if n < 5 else "requires_action", time.time() - 3)
+    poller = Poller("s0", cache, rows, rows, Bulk(lists, cache, "s0", 1.0), lambda _: True)
+    await until_called(poller, rows, 18)
+    first = rows.calls[:18]
+    assert {key for what, key in first if what == "see"} == set(keys) - {"k9"}, "k9 moved on after the list was read"
+
+
+async def test_a_moved_payment_is_dropped() -> None:
+    rows = Rows(new_payment("mine", status=Status.PROCESSING))
+    cache = soon("mine", "moved")
+    poller = Poller("s0", cache, rows, rows, Bulk(Lists(), cache, "s0", 1.0), lambda at: at == slot("mine"))
+    await until_called(poller, rows, 1)
+    assert rows.calls == [("drive_on", "mine")]
+    assert "moved" not in cache
+
+
+async def test_the_circuit_opens_and_one_probe_goes_at_a_time() -> None:
+    rows = Rows(*(new_payment(f"k{n}", status=Status.PROCESSING) for n in range(7)))
+    rows.error = StripeUnavailable("down")
+    cache = soon(*rows.rows)
+    poller = Poller("s0", cache, rows, rows, Bulk(Lists(), cache, "s0", 1.0), lambda _: True)
+    await until_called(poller, rows, 8)
+    assert poller.breaker.open
+    assert len(rows.calls) == 8, "seven that were due, then one probe"
+
+
+async def test_the_poller_ends_when_the_epoch_is_over() -> None:
+    rows = Rows(new_payment("a", status=Status.PROCESSING))
+    rows.error = EpochOver("epoch 3 is over")
+    cache = soon("a")
+    poller = Poller("s0", cache, rows, rows, Bulk(Lists(), cache, "s0", 1.0), lambda _: True)
+    with pytest.raises(StandDown):
+        await asyncio.wait_for(poller.run(), 10)
+
+
+async def test_whatever_goes_wrong_with_one_it_is_due_again() -> None:
+    rows = Rows(new_payment("a", status=Status.PROCESSING))
+    rows.error = RuntimeError("a defect")
+    cache = soon("a")
+    poller = Poller("s0", cache, rows, rows, Bulk(Lists(), cache, "s0", 1.0), lambda _: True)
+    await until_called(poller, rows, 2)
+    assert "a" in cache
