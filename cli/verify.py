@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import json
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.common import UNREACHABLE, WRONG, fail, handle_errors, home, output_option
+from cli.common import WRONG, handle_errors, home, output_option
+from oncepay.errors import OncepayError, Unavailable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from deploy.local import Status
+    from deploy.local import Cluster, Status
     from loadtest.checker import Report, Target
     from loadtest.checker.model import Progress
 
@@ -22,7 +26,9 @@ STAND_IN_KEY = "sk_test_verify"
 """The stand-in for Stripe takes any key that begins like this."""
 
 WAIT_S = 60.0
+LEADER_PAUSE_S = 1.0
 SHOWN_MAX = 50
+WIDE = 110
 
 PROMISES = {
     1: ("Once", "no key has two charges or two rows", "keys"),
@@ -59,17 +65,37 @@ def target_of(status: Status, *, stripe_key: str = STAND_IN_KEY, wait_s: float =
     )
 
 
+class NotVerified(OncepayError):
+    """A part of the cluster answers what can't be read."""
+
+    slug = "not-verified"
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """The checker knows nothing of the project, and so raises errors of its own."""
+    from loadtest.checker import CheckerError, Unreachable
+
+    try:
+        yield
+    except Unreachable as error:
+        raise Unavailable(str(error)) from error
+    except CheckerError as error:
+        raise NotVerified(str(error)) from error
+
+
 async def verify_cluster(
-    status: Status, *, stripe_key: str = STAND_IN_KEY, wait_s: float = WAIT_S, progress: Progress | None = None
+    status: Status, *, stripe_key: str = STAND_IN_KEY, wait_s: float = WAIT_S, since: int = 0, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Check the cluster that `status` describes; the object that `oncepay verify --output json` prints.
 
-    Raises loadtest.checker.Unreachable or Misread when it can't be done.
+    Raises Unavailable when a part can't be reached, NotVerified when one answers what can't be read.
     """
     from loadtest.checker import verify as check
     from loadtest.checker.model import silent
 
-    return as_json(await check(target_of(status, stripe_key=stripe_key, wait_s=wait_s), progress or silent))
+    with _own_errors():
+        return as_json(await check(target_of(status, stripe_key=stripe_key, wait_s=wait_s, since=since), progress or silent))
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -105,38 +131,39 @@ def verify(wait_s: float, since: dt.datetime | None, output: str) -> None:
       oncepay verify --wait 0 --output json
     """
     from deploy.local import Cluster
-    from loadtest.checker import CheckerError, Unreachable
 
     cluster = Cluster(home())
-    found = cluster.status()
-    stripe = cluster.settings.stripe
+    found = _status(cluster, wait_s)
+    stripe_key = cluster.settings.stripe.api_key or STAND_IN_KEY
     since_s = int(since.replace(tzinfo=dt.UTC).timestamp()) if since else 0
-    as_object = output == "json"
-    try:
-        target = target_of(found, stripe_key=stripe.api_key or STAND_IN_KEY, wait_s=wait_s, since=since_s)
-        report = _run(target, quiet=as_object)
-    except CheckerError as error:
-        unreachable = isinstance(error, Unreachable)
-        fail(
-            UNREACHABLE if unreachable else WRONG, str(error), as_json=as_object, slug="unavailable" if unreachable else "misread"
-        )
-        return
-    if as_object:
-        click.echo(json.dumps(as_json(report)))
+    with _progress_bars(quiet=output == "json") as progress:
+        verdict = asyncio.run(verify_cluster(found, stripe_key=stripe_key, wait_s=wait_s, since=since_s, progress=progress))
+    if output == "json":
+        click.echo(json.dumps(verdict))
     else:
         from rich.console import Console
 
-        show(Console(highlight=False), as_json(report))
-    if not report.ok:
+        show(Console(highlight=False), verdict)
+    if not verdict["ok"]:
         raise SystemExit(WRONG)
 
 
-def _run(target: Target, *, quiet: bool) -> Report:
-    """The check, with progress bars unless `quiet`."""
-    from loadtest.checker import verify as check
+def _status(cluster: Cluster, wait_s: float) -> Status:
+    """The cluster's status, once every shard has a leader or the time is over."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        found = cluster.status()
+        if all(shard.dsn for shard in found.shards) or time.monotonic() >= deadline:
+            return found
+        time.sleep(LEADER_PAUSE_S)
 
+
+@contextlib.contextmanager
+def _progress_bars(*, quiet: bool) -> Iterator[Progress | None]:
+    """A bar for each thing that is read, on standard error."""
     if quiet:
-        return asyncio.run(check(target))
+        yield None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -149,7 +176,7 @@ def _run(target: Target, *, quiet: bool) -> Report:
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
 
-        return asyncio.run(check(target, progress))
+        yield progress
 
 
 def show(console: Console, verdict: dict[str, Any]) -> None:
@@ -158,12 +185,13 @@ def show(console: Console, verdict: dict[str, Any]) -> None:
     from rich.table import Table
 
     checked, differences = verdict["checked"], verdict["differences"]
-    table = Table("", "promise", "checked", "", title="Promises", title_justify="left")
+    wide = console.width >= WIDE
+    table = Table("", "promise", "checked", *(("",) if wide else ()), title="Promises", title_justify="left")
     for number, (name, meaning, counter) in PROMISES.items():
         wrong = sum(1 for found in differences if found["promise"] == number)
         mark = f"[red]✗ {wrong:,}[/red]" if wrong else "[green]✓[/green]"
         count = f"{checked.get(counter, 0):,} {counter.replace('_', ' ')}"
-        table.add_row(mark, f"{number} {name}", count, f"[dim]{meaning}[/dim]")
+        table.add_row(mark, f"{number} {name}", count, *((f"[dim]{meaning}[/dim]",) if wide else ()))
     console.print(table)
     for found in differences[:SHOWN_MAX]:
         console.print(f"[red]✗[/red] promise {found['promise']}  [bold]{escape(found['key'])}[/bold]: {escape(found['what'])}")
@@ -185,6 +213,10 @@ def _summary(verdict: dict[str, Any]) -> str:
     head = (
         "[bold green]✓ verified[/bold green]"
         if verdict["ok"]
-        else f"[bold red]✗ {len(verdict['differences']):,} differences[/bold red]"
+        else f"[bold red]✗ {_plural(len(verdict['differences']), 'difference')}[/bold red]"
     )
     return f"{head}: {', '.join(parts)}"
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

@@ -4,7 +4,7 @@ It imports nothing of the project, so that an error there is not repeated here: 
 rounded and how revenue adds up is written down a second time.
 """
 
+from loadtest.checker.looks import verify
 from loadtest.checker.model import CheckerError, Difference, Misread, Report, ShardTarget, Target, Unreachable
-from loadtest.checker.verify import verify
 
 __all__ = ["CheckerError", "Difference", "Misread", "Report", "ShardTarget", "Target", "Unreachable", "verify"]

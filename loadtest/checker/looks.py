@@ -30,7 +30,9 @@ from loadtest.checker.model import (
 from loadtest.checker.stripe import StripeLists
 
 LOOKS_MAX = 30
-PAUSE_S = 0.3
+PAUSE_S = 0.5
+PAUSE_MAX_S = 5.0
+"""From one look to the next; it grows while something is awaited."""
 LAG_PAUSE_S = 0.2
 LAG_WAIT_S = 5.0
 """How long one look waits for a feed that is behind before it goes on; the next look goes on waiting."""
@@ -44,7 +46,7 @@ async def verify(target: Target, progress: Progress = silent) -> Report:
     deadline = began + target.wait_s
     try:
         await _until_quiet(target, deadline, progress)
-        looks = _Looks(target, deadline, progress)
+        looks = Looks(target, deadline, progress)
         report = await looks.until_sure()
     except BaseExceptionGroup as group:
         raise _first(group) from group
@@ -77,7 +79,7 @@ async def _until_quiet(target: Target, deadline: float, progress: Progress) -> N
         pause_s = min(1.0, pause_s * 1.5)
 
 
-class _Looks:
+class Looks:
     """Looks at everything until it is sure."""
 
     def __init__(self, target: Target, deadline: float, progress: Progress) -> None:
@@ -90,15 +92,18 @@ class _Looks:
     async def until_sure(self) -> Report:
         """Looks until nothing is awaited and what differs was the same twice, or until the time is over."""
         before: set[Difference] | None = None
+        last = LOOKS_MAX
         for number in range(1, LOOKS_MAX + 1):
             found, opened = await self._look()
-            over = time.monotonic() >= self._deadline or number == LOOKS_MAX
             again = found.differences if before is None else found.differences & before
             sure = not found.differences or (before is not None and again == found.differences)
-            if (sure and (not found.waiting or over)) or (over and before is not None):
+            over = time.monotonic() >= self._deadline
+            if (sure and (over or not found.waiting)) or number >= last:
                 break
+            if over:
+                last = min(last, number + 1)  # one more, to tell what differs from what was on its way
             before = found.differences
-            await asyncio.sleep(PAUSE_S if not found.waiting else 1.0)
+            await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_S * number) if found.waiting else PAUSE_S)
         self._note_still(found, again)
         found.checked["looks"] = number
         found.checked["awaited"] = len(found.waiting)
