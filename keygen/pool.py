@@ -150,14 +150,13 @@ class Pool:
                 self._failing_since = None
 
     async def _refill(self) -> None:
-        """Raise watermarks until the reserve is `_ahead_s` seconds deep again, when it has sunk below half of that."""
+        """When the reserve has sunk below half of `_ahead_s` seconds, raise watermarks by what is missing from the whole."""
         depth = min(max(int(self.rate_per_s * self._ahead_s), AHEAD_LEAST), AHEAD_MOST)
         self._low = depth // 2
         least = max(self._low, self._wanted)
         for _ in range(GRANTS_A_ROUND):
             if self._reserve.available >= least:
                 break
-            least = depth
             grant = await self.blocks.grant(max(depth, self._wanted) - self._reserve.available)
             if grant is not None:
                 self._reserve.add(grant.seed, grant.first, grant.end)

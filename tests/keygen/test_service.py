@@ -212,6 +212,21 @@ def test_few_records_stay_however_much_is_issued(tmp_path: Path, settings: EtcdS
         assert sum(seed != "" for seed in seeds) <= pool["blocks_free"] + pool["blocks_held"] + 3
 
 
+def test_etcd_is_written_rarely(tmp_path: Path, settings: EtcdSettings) -> None:
+    """However much is asked for while a watermark is being raised."""
+
+    async def revision() -> int:
+        async with Etcd(settings) as etcd:
+            return (await etcd.get_prefix("keys/"))[1]
+
+    with Keygen(tmp_path, settings, "keygen-1") as keygen, ThreadPoolExecutor(3) as threads:
+        keygen.wait()
+        before = asyncio.run(revision())
+        keys = [key for some in threads.map(lambda _: keygen.issue(5_000), range(60)) for key in some]
+        assert_distinct(keys)
+        assert asyncio.run(revision()) - before < 20
+
+
 def test_scopes(tmp_path: Path, settings: EtcdSettings) -> None:
     pay, operate, slow = new_key(), new_key(), new_key()
 
