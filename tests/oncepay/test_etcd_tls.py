@@ -1,0 +1,106 @@
+"""The etcd client over TLS, with certificates on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from oncepay.errors import EtcdUnavailable, SettingsError
+from oncepay.etcd import Etcd
+from oncepay.settings import EtcdSettings
+from tests.etcd_fixture import ETCD, dying_with_parent, free_ports
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make certificates"),
+]
+
+
+def openssl(folder: Path, *args: str) -> None:
+    subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+
+def authority(folder: Path, name: str) -> None:
+    """A certificate authority: `<name>.pem` and `<name>.key`."""
+    made = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    openssl(folder, "req", "-x509", *made, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem")
+
+
+def certificate(folder: Path, ca: str, name: str) -> None:
+    """A certificate for 127.0.0.1, signed by `ca`: `<name>.pem` and `<name>.key`."""
+    made = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={name}")
+    openssl(folder, "req", *made, "-keyout", f"{name}.key", "-out", f"{name}.csr")
+    (folder / "extensions").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
+    signed = ("-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2", "-extfile", "extensions")
+    openssl(folder, "x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.pem")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdSettings]:
+    folder = tmp_path_factory.mktemp("tls")
+    authority(folder, "ca")
+    authority(folder, "stranger")
+    certificate(folder, "ca", "server")
+    certificate(folder, "ca", "client")
+    certificate(folder, "stranger", "intruder")
+    port, peer = free_ports(2)
+    url = f"https://127.0.0.1:{port}"
+    command = dying_with_parent(
+        *(ETCD, "--data-dir", str(folder / "data"), "--listen-client-urls", url, "--advertise-client-urls", url),
+        *("--listen-peer-urls", f"http://127.0.0.1:{peer}", "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}"),
+        *("--initial-cluster", f"default=http://127.0.0.1:{peer}", "--client-cert-auth", "--log-level", "error"),
+        *("--cert-file", str(folder / "server.pem"), "--key-file", str(folder / "server.key")),
+        *("--trusted-ca-file", str(folder / "ca.pem")),
+    )
+    process = subprocess.Popen(command)
+    made = EtcdSettings(
+        endpoints=(f"127.0.0.1:{port}",),
+        ca_file=str(folder / "ca.pem"),
+        cert_file=str(folder / "client.pem"),
+        key_file=str(folder / "client.key"),
+    )
+
+    async def answers() -> None:
+        async with Etcd(made, timeout_s=20) as etcd:
+            await etcd.get("k")
+
+    try:
+        asyncio.run(answers())
+        yield made
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_both_sides_know_each_other(settings: EtcdSettings) -> None:
+    async with Etcd(settings, timeout_s=20) as etcd:
+        await etcd.put("k", b"1")
+        kv = await etcd.get("k")
+        assert kv is not None
+        assert kv.value == b"1"
+
+
+@pytest.mark.parametrize("what", ["no certificate", "a stranger's certificate", "a stranger's authority", "no TLS"])
+async def test_others_stay_out(settings: EtcdSettings, what: str) -> None:
+    folder = Path(settings.ca_file).parent
+    changes = {
+        "no certificate": {"cert_file": "", "key_file": ""},
+        "a stranger's certificate": {"cert_file": str(folder / "intruder.pem"), "key_file": str(folder / "intruder.key")},
+        "a stranger's authority": {"ca_file": str(folder / "stranger.pem")},
+        "no TLS": {"ca_file": "", "cert_file": "", "key_file": ""},
+    }[what]
+    async with Etcd(msgspec.structs.replace(settings, **changes), timeout_s=2) as etcd:
+        with pytest.raises(EtcdUnavailable):
+            await etcd.get("k")
+
+
+async def test_a_file_that_isn_t_there_is_named(settings: EtcdSettings) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.pem"):
+        async with Etcd(msgspec.structs.replace(settings, cert_file="/nowhere.pem")):
+            pass
