@@ -9,16 +9,25 @@ from __future__ import annotations
 import os
 import pwd
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from oncepay.errors import OncepayError
 
 USER_ENV = "ONCEPAY_OS_USER"
 DEDICATED_USERS = ("oncepay", "postgres")
 NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
 
 
-class NoUserForPostgres(RuntimeError):
+STARTS_ITSELF = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', '']).returncode)"
+"""What Patroni does: a Python that starts another."""
+
+
+class NoUserForPostgres(OncepayError):
     """Started as root, and there is no way to run Postgres as somebody else."""
+
+    slug = "no-user-for-postgres"
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,9 @@ def for_postgres() -> OsUser:
         except KeyError:
             continue
         prefix = ("setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups")
-        if _runs((*prefix, "true")):
+        if _runs((*prefix, sys.executable, "-c", STARTS_ITSELF)):
             return OsUser(prefix, entry.pw_uid, entry.pw_gid)
     raise NoUserForPostgres(
         "Postgres doesn't run as root, and user namespaces are not allowed here: "
-        f"run as an ordinary user, or name a dedicated one in {USER_ENV}"
+        f"run as an ordinary user, or name a dedicated one in {USER_ENV} who can run {sys.executable}"
     )

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from oncepay.errors import OncepayError
+
 SAFE_ETCD = (3, 5, 3)
 """The first etcd 3.5 that doesn't lose consistency on a crash; production wants 3.5.21 or later."""
 
 
-class ProgramMissing(RuntimeError):
+class ProgramMissing(OncepayError):
     """A program that the cluster needs is not installed."""
+
+    slug = "program-missing"
 
 
 def package_dir(package: str) -> Path:

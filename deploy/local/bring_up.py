@@ -158,7 +158,7 @@ class BringUp:
         parts = self.plan.parts
         steps: list[Callable[[], None]] = [self._watch_health]
         if "etcd" in parts:
-            steps.append(self._put_first_records)
+            steps.append(self._prepare_etcd)
         if "nodes" in parts:
             steps += [partial(self._prepare_shard, shard) for shard in self.shards]
             steps += [partial(self._await_slots, shard) for shard in self.shards]
@@ -202,17 +202,10 @@ class BringUp:
         except SupervisorAway:
             return False
 
-    def _put_first_records(self) -> None:
-        """The map, the shards and the API key, each unless it is there; then nodes that waited for etcd."""
+    def _prepare_etcd(self) -> None:
+        """The map, the shards and the API key, each unless it is there; then the nodes, which need etcd."""
         gateway = Gateway(self.plan.settings.etcd.endpoints)
         prefix = self.plan.settings.etcd.prefix
-
-        def answers() -> bool:
-            try:
-                gateway.get(f"{prefix}/map")
-            except EtcdAway:
-                return False
-            return True
 
         def put() -> None:
             gateway.put_if_absent(f"{prefix}/map", shard_map.render_map(shard_map.even_ranges(self.plan.shards)))
@@ -223,10 +216,10 @@ class BringUp:
             gateway.put_if_absent(f"{prefix}/apikeys/{digest}", msgspec.json.encode(api_key).decode())
             for shard in self.unmade:
                 gateway.delete_prefix(f"{prefix}/patroni/{shard}/")
-                self.supervisor.start(f"node-{node}" for node in node_names(shard))
 
-        self._until(answers, "etcd-1")
+        self._until(gateway.is_decided, "etcd-1")
         self._try(put, "etcd-1")
+        self.supervisor.start(program.name for program in self.programs if program.part == "nodes")
 
     def _leader_with_quorum(self, shard: str) -> str | None:
         """The shard's leader, once a standby of its quorum streams from it: only then can it commit."""
@@ -348,6 +341,7 @@ class BringUp:
 
 def write_node_configs(plan: Plan) -> None:
     """The folders of all nodes and of the aggregator's Postgres, with what their wrappers read."""
+    plan.os_user.own(plan.layout.nodes)
     for shard in plan.shards:
         for name in node_names(shard):
             folder = plan.layout.node(name)

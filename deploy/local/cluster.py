@@ -15,7 +15,7 @@ import msgspec
 
 from deploy import os_user, patroni, processes, programs
 from deploy.local import secrets, status, supervisor
-from deploy.local.bring_up import BringUp, Hooks, OnProgress, unmade_with_data, write_node_configs
+from deploy.local.bring_up import BringUp, Hooks, OnProgress, write_node_configs
 from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, WrongHome
 from deploy.local.etcd import Gateway
 from deploy.local.layout import Layout, Memory
@@ -140,7 +140,7 @@ class Cluster:
             if on_warning is not None and (warning := programs.etcd_warning(programs.etcd_version())):
                 on_warning(warning)
             self.layout.remember(memory)
-            self._write(plan, memory)
+            self._write(plan)
             try:
                 supervisor.start(self.layout)
                 BringUp(plan, memory, hooks or Hooks(), on_progress or (lambda _: None), timeout_s).run()
@@ -190,15 +190,12 @@ class Cluster:
                 gateway.delete_prefix(f"{plan.settings.etcd.prefix}/patroni/{shard}/")
                 raise
 
-    def _write(self, plan: Plan, memory: Memory) -> None:
+    def _write(self, plan: Plan) -> None:
         """Everything that the processes read."""
         secrets.write_settings(self.layout, plan.settings)
         write_node_configs(plan)
-        held = {f"node-{node}" for shard in unmade_with_data(self.layout, memory) for node in node_names(shard)}
-        started = [
-            dataclasses.replace(program, autostart=program.autostart and program.name not in held) for program in plan.programs()
-        ]
-        self.layout.supervisor_config.write_text(supervisor.configuration(started, self.layout), encoding="utf-8")
+        config = supervisor.configuration(plan.programs(), self.layout)
+        self.layout.supervisor_config.write_text(config, encoding="utf-8")
 
     @contextlib.contextmanager
     def _only_one_up(self) -> Iterator[None]:

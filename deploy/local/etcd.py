@@ -51,6 +51,21 @@ class Gateway:
                 connection.close()
         raise EtcdAway("; ".join(reasons))
 
+    def is_decided(self) -> bool:
+        """Whether every member serves, and all have agreed on the version that they speak. Clients stumble before."""
+        for endpoint in self.endpoints:
+            connection = http.client.HTTPConnection(endpoint, timeout=self.timeout_s)
+            try:
+                connection.request("GET", "/version")
+                version = json.loads(connection.getresponse().read())
+            except (OSError, http.client.HTTPException, ValueError):
+                return False
+            finally:
+                connection.close()
+            if version.get("etcdcluster") in (None, "", "not_decided"):
+                return False
+        return True
+
     def get(self, key: str, *, serializable: bool = False) -> str | None:
         """The value of `key`, None when there is none. Raises EtcdAway.
 

@@ -50,7 +50,7 @@ class Health:
 class Program:
     """One supervised process. `port` is the one that status shows; `listens` are all that it needs.
 
-    `shard` is empty for what belongs to no shard.
+    `shard` is empty for what belongs to no shard; `directory` is the working directory, None for the home's `run`.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Program:
     listens: tuple[Port, ...]
     health: Health
     shard: str = ""
+    directory: Path | None = None
     autostart: bool = True
     stop_signal: str = "TERM"
     stop_s: int = SERVICE_STOP_S
@@ -144,6 +145,7 @@ class Plan:
             )
 
     def _nodes(self) -> Iterator[Program]:
+        """They are started when etcd is ready: a Patroni that comes too early waits for 5 s before it asks again."""
         for shard_number, shard in enumerate(self.shards):
             for number, node in enumerate(node_names(shard)):
                 folder = self.layout.node(node)
@@ -160,6 +162,8 @@ class Plan:
                     listens=(Port(postgres, f"{name}, Postgres"), Port(rest, f"{name}, Patroni")),
                     health=Health("patroni", rest),
                     shard=shard,
+                    directory=folder,
+                    autostart="etcd" not in self.parts,
                     stop_s=NODE_STOP_S,
                 )
 
@@ -174,6 +178,7 @@ class Plan:
             port=port,
             listens=(Port(port, "aggregator-db, Postgres"),),
             health=Health("postgres", port),
+            directory=self.layout.aggregator_db,
             stop_signal="INT",
         )
 

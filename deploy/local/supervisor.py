@@ -10,7 +10,6 @@ import subprocess
 import sys
 import xmlrpc.client
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, cast
 
 from deploy import processes
@@ -45,12 +44,13 @@ def _escape(text: str) -> str:
     return text.replace("%", "%%")
 
 
-def _section(program: Program, log: Path) -> str:
+def _section(program: Program, layout: Layout) -> str:
     variables = {processes.PROCESS_ENV: program.name, **program.environment}
     environment = ",".join(f'{name}="{_escape(value)}"' for name, value in variables.items())
     lines = {
         "command": _escape(shlex.join(program.command)),
         "environment": environment,
+        "directory": _escape(str(program.directory or layout.run)),
         "autostart": str(program.autostart).lower(),
         "autorestart": "true",
         "startsecs": "1",
@@ -59,7 +59,7 @@ def _section(program: Program, log: Path) -> str:
         "stopwaitsecs": str(program.stop_s),
         "killasgroup": "true",
         "redirect_stderr": "true",
-        "stdout_logfile": _escape(str(log)),
+        "stdout_logfile": _escape(str(layout.log(program.name))),
         "stdout_logfile_maxbytes": str(LOG_BYTES),
         "stdout_logfile_backups": str(LOG_BACKUPS),
     }
@@ -88,7 +88,7 @@ def configuration(programs: Sequence[Program], layout: Layout, added_shard: str 
                 continue
             names = ",".join(program.name for program in members)
             text += f"[group:{name}]\nprograms = {names}\npriority = {priority}\n\n"
-            text += "\n".join(_section(program, layout.log(program.name)) for program in members) + "\n"
+            text += "\n".join(_section(program, layout) for program in members) + "\n"
     return text
 
 
