@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from yarl import URL
 
+from aggregator.migrate import migrate
 from oncepay.apikeys import PREFIX, ApiKey, digest
 from oncepay.cart import Fee, Item, shares_of
 from oncepay.etcd import Etcd
@@ -302,3 +303,27 @@ async def test_reading_takes_the_scope_read(aggregator_dsn: str) -> None:
                 async with aiohttp.ClientSession(process.url, headers={"Authorization": f"Bearer {key}"}) as session:
                     for path in ("/v1/positions", "/v1/totals", "/v1/sellers", "/v1/buyers/b/orders", "/v1/sellers/a/balance"):
                         await get(session, path, status=status)
+
+
+async def test_a_crash_of_its_database_is_survived() -> None:
+    history = history_of(4)
+    half = history.payments[1].lsn
+    with PostgresServer(fsync=True) as server:
+        dsn = server.new_database()
+        await migrate(dsn, passwords={})
+        with aggregator(dsn) as process:
+            async with aiohttp.ClientSession(process.url) as session:
+                assert (await post(session, history.batch(1000, half))).applied
+                server.stop()
+                rest = history.batch(half, history.lsn)
+                headers = {"Authorization": f"Bearer {TOKEN}"}
+                for _ in range(3):  # also with the connections that the crash broke
+                    async with session.post("/v1/feed", data=encode_batch(rest), headers=headers) as answer:
+                        assert answer.status == 503
+                        assert "Retry-After" in answer.headers
+                    await get(session, "/v1/totals", status=503)
+                await get(session, "/readyz", status=503)
+                server.start()
+                assert (await post(session, rest)).applied
+                assert (await get(session, "/v1/totals"))["currencies"][0]["payments"] == 4
+                assert (await get(session, "/readyz"))["ok"]
