@@ -61,10 +61,11 @@ class Seat:
                 await asyncio.sleep(RETRY_S)
 
     async def lost(self) -> None:
-        """Return when somebody else has the seat. While etcd is away, or the key is nobody's, the seat is kept."""
-        while True:
-            assert self._lease is not None, "take the seat first"
+        """Return when somebody else has the seat, or it was left. While etcd is away, or the key is nobody's, it is kept."""
+        while self._lease is not None:
             await self._lease.lost.wait()
+            if self._lease is None:
+                return
             try:
                 holder = await self._etcd.get(self.key)
                 if holder is not None and holder.value != self._value:
