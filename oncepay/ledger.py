@@ -12,6 +12,7 @@ from oncepay.cart import PLATFORM_SELLER, Share
 
 STRIPE_CLEARING = "stripe:clearing"
 STRIPE_FEES = "stripe:fees"
+REFUNDS_HELD = "refunds:held"
 PLATFORM_FEES = "platform:fees"
 
 
@@ -88,3 +89,78 @@ def exchange_entries(transaction: str, charged: str, charged_minor: int, settled
         (Posting(STRIPE_CLEARING, settled_minor), Posting(f"fx:{settled}", -settled_minor)),
     )
     return out, back
+
+
+def refund_entry(currency: str, refund: str, shares: tuple[Share, ...]) -> Entry:
+    """A refund asked for: sellers and the platform give back their parts, which are held until Stripe pays."""
+    return Entry(f"refund:{refund}", "refund", currency, refund, (*_given_back(shares), _held(shares, -1)))
+
+
+def refund_reversed_entry(currency: str, refund: str, shares: tuple[Share, ...]) -> Entry:
+    """A refund that failed or was canceled: what it took is given back."""
+    taken = tuple(Posting(p.account, -p.amount_minor, p.seller) for p in _given_back(shares))
+    return Entry(f"refund_reversed:{refund}", "refund_reversed", currency, refund, (*taken, _held(shares, 1)))
+
+
+def _given_back(shares: tuple[Share, ...]) -> tuple[Posting, ...]:
+    postings = []
+    for share in shares:
+        if share.net:
+            postings.append(Posting(payable(share.seller), share.net, share.seller))
+        if share.fee:
+            postings.append(Posting(PLATFORM_FEES, share.fee, share.seller))
+    return tuple(postings)
+
+
+def _held(shares: tuple[Share, ...], sign: int) -> Posting:
+    return Posting(REFUNDS_HELD, sign * sum(share.gross for share in shares))
+
+
+def refund_paid_entries(
+    currency: str, transaction: str, paid_minor: int, settled: str, settled_minor: int, fee_minor: int
+) -> tuple[Entry, ...]:
+    """A refund's balance transaction: what was held has left the clearing account.
+
+    `paid_minor` (in `currency`) is positive when the refund was paid and negative when it came back, as Stripe's failure
+    transaction says; `settled_minor` is the transaction's amount in the settlement currency without its sign, `fee_minor`
+    its fee.
+    """
+    kind = "refund_paid" if paid_minor > 0 else "refund_returned"
+    sign = 1 if paid_minor > 0 else -1
+    held = Posting(REFUNDS_HELD, paid_minor)
+    if settled == currency:
+        entries = [Entry(f"{kind}:{transaction}", kind, currency, transaction, (held, Posting(STRIPE_CLEARING, -paid_minor)))]
+    else:
+        entries = [
+            Entry(f"{kind}:{transaction}", kind, currency, transaction, (held, Posting(f"fx:{currency}", -paid_minor))),
+            Entry(
+                f"fx:{transaction}",
+                "fx",
+                settled,
+                transaction,
+                (Posting(f"fx:{settled}", sign * settled_minor), Posting(STRIPE_CLEARING, -sign * settled_minor)),
+            ),
+        ]
+    if fee_minor:
+        entries.append(stripe_fee_entry(settled, transaction, fee_minor))
+    return tuple(entries)
+
+
+def dispute_entries(
+    currency: str, transaction: str, withdrawn: tuple[Share, ...], sign: int, settled: str, settled_minor: int, fee_minor: int
+) -> tuple[Entry, ...]:
+    """A dispute's balance transaction. `sign` is 1 when funds were withdrawn and -1 when they were reinstated.
+
+    The sellers bear the amount by their shares (`gross` of each; the platform keeps its fee), the platform bears Stripe's.
+    """
+    kind = "dispute" if sign > 0 else "dispute_reinstated"
+    total = sign * sum(share.gross for share in withdrawn)
+    borne = tuple(Posting(payable(s.seller), sign * s.gross, s.seller) for s in withdrawn if s.gross)
+    other = STRIPE_CLEARING if settled == currency else f"fx:{currency}"
+    entries = [Entry(f"{kind}:{transaction}", kind, currency, transaction, (*borne, Posting(other, -total)))]
+    if settled != currency:
+        moved = (Posting(f"fx:{settled}", sign * settled_minor), Posting(STRIPE_CLEARING, -sign * settled_minor))
+        entries.append(Entry(f"fx:{transaction}", "fx", settled, transaction, moved))
+    if fee_minor:
+        entries.append(stripe_fee_entry(settled, transaction, fee_minor))
+    return tuple(entries)

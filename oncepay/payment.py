@@ -11,7 +11,7 @@ from typing import Literal, NewType
 
 import msgspec
 
-from oncepay.cart import Item, Share
+from oncepay.cart import Item, Share, shares_of_part
 
 Key = NewType("Key", str)
 """A payment's idempotency key, unquoted. Its first 16 bits of SHA-256 are the slot."""
@@ -84,6 +84,79 @@ class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
         return sum(share.fee for share in self.shares)
 
 
+RefundStatus = Literal["requested", "pending", "requires_action", "succeeded", "failed", "canceled"]
+REFUND_RANK: dict[str, int] = {
+    "requested": 0, "pending": 1, "requires_action": 1, "succeeded": 2, "canceled": 3, "failed": 3,
+}  # fmt: skip
+"""A refund only moves up: a late word of an earlier state changes nothing, and succeeded may still turn into failed."""
+REFUND_OVER = frozenset({"failed", "canceled"})
+"""Refunds in these don't count against what is left of a payment."""
+
+DISPUTE_OVER = frozenset({"won", "lost", "warning_closed", "prevented"})
+
+COMMANDS_MAX = 100
+"""Commands (confirm, capture, cancel, refund) that one payment takes in its life."""
+
+
+class BalanceTransaction(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A balance transaction at Stripe: minor units of `currency`, the settlement currency; what left us is negative."""
+
+    id: str
+    amount: int
+    fee: int
+    net: int
+    currency: str
+
+
+class Refund(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One refund of a payment, by its `key`: the caller's, or `stripe:<id>` for one that was made at Stripe.
+
+    `shares` is what each seller (gross) and the platform (fee of it) give back. `booked` are the balance transactions that
+    have their entries.
+    """
+
+    key: str
+    amount: int
+    shares: tuple[Share, ...]
+    created_at_ms: int
+    status: RefundStatus = "requested"
+    id: str = ""
+    reason: str = ""
+    failure: str = ""
+    booked: tuple[str, ...] = ()
+
+    @property
+    def open_work(self) -> bool:
+        """Whether Stripe still has to say something: how it ends, or its balance transaction."""
+        return self.status in {"requested", "pending", "requires_action"} or (self.status == "succeeded" and not self.booked)
+
+
+class Dispute(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A dispute of the payment's charge. `amount` in minor units; `booked` are the transactions that have entries."""
+
+    id: str
+    status: str
+    amount: int
+    reason: str = ""
+    evidence_due_s: int = 0
+    booked: tuple[str, ...] = ()
+
+
+class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is to be captured: minor units, and each seller's share of it. `number` counts the tries."""
+
+    number: int
+    amount: int
+    shares: tuple[Share, ...]
+
+
+class Command(msgspec.Struct, frozen=True, array_like=True):
+    """A command that the payment took: its idempotency key, and the hash of what it said."""
+
+    key: str
+    fingerprint: str
+
+
 class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
     """What has happened so far, beside the status.
 
@@ -101,6 +174,11 @@ class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
     stripe_fee: int = -1
     successor: str = ""
     next_action_url: str = ""
+    capture: Capture | None = None
+    captures: int = 0
+    refunds: tuple[Refund, ...] = ()
+    disputes: tuple[Dispute, ...] = ()
+    commands: tuple[Command, ...] = ()
 
 
 class Payment(msgspec.Struct, frozen=True):
@@ -142,8 +220,38 @@ class Payment(msgspec.Struct, frozen=True):
 
     @property
     def open_work(self) -> bool:
-        """Whether the worker still has to look at this payment: not terminal, or Stripe's fee not yet booked."""
-        return self.status not in TERMINAL or (self.status is Status.SUCCEEDED and self.progress.stripe_fee < 0)
+        """Whether the worker still has to look at this payment: it, a refund or a dispute of it may move, or is not booked."""
+        progress = self.progress
+        if self.status not in TERMINAL or (self.status is Status.SUCCEEDED and progress.stripe_fee < 0):
+            return True
+        return any(refund.open_work for refund in progress.refunds) or any(
+            d.status not in DISPUTE_OVER for d in progress.disputes
+        )
+
+    @property
+    def captured_shares(self) -> tuple[Share, ...]:
+        """What each seller and the platform got of what was captured."""
+        if not self.amount_captured:
+            return ()
+        capture = self.progress.capture
+        if capture is not None and capture.amount == self.amount_captured:
+            return capture.shares
+        return shares_of_part(self.terms.shares, self.amount_captured)
+
+    @property
+    def left_shares(self) -> tuple[Share, ...]:
+        """What of the captured shares no refund (that isn't failed or canceled) has taken."""
+        taken: dict[str, tuple[int, int]] = {}
+        for refund in self.progress.refunds:
+            if refund.status not in REFUND_OVER:
+                for share in refund.shares:
+                    gross, fee = taken.get(share.seller, (0, 0))
+                    taken[share.seller] = (gross + share.gross, fee + share.fee)
+        left = []
+        for share in self.captured_shares:
+            gross, fee = taken.get(share.seller, (0, 0))
+            left.append(Share(share.seller, share.gross - gross, share.fee - fee))
+        return tuple(left)
 
 
 class Charge(msgspec.Struct, frozen=True):
@@ -170,3 +278,28 @@ class IntentView(msgspec.Struct, frozen=True):
     failure: Failure | None = None
     payment_method: str = ""
     next_action_url: str = ""
+
+
+class RefundView(msgspec.Struct, frozen=True):
+    """A refund as Stripe showed it. `key` is ours out of its metadata, empty for one that was made at Stripe."""
+
+    id: str
+    status: RefundStatus
+    amount: int
+    key: str = ""
+    reason: str = ""
+    failure: str = ""
+    transaction: BalanceTransaction | None = None
+    failure_transaction: BalanceTransaction | None = None
+    created_at_ms: int = 0
+
+
+class DisputeView(msgspec.Struct, frozen=True):
+    """A dispute as Stripe showed it, with the balance transactions that it has caused so far."""
+
+    id: str
+    status: str
+    amount: int
+    reason: str = ""
+    evidence_due_s: int = 0
+    transactions: tuple[BalanceTransaction, ...] = ()

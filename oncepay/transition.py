@@ -8,73 +8,34 @@ committed by comparing the row's version, on a fresh look at Stripe.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
+from oncepay import refunds
 from oncepay.cart import shares_of_part
-from oncepay.errors import OncepayError, PredecessorNotOver, WrongState
+from oncepay.errors import InvalidAmount, KeyReused, PredecessorNotOver, TooBusy, WrongState
+from oncepay.events import (
+    AlreadyCommanded,
+    AttemptDeclined,
+    AttemptStarted,
+    CaptureRefused,
+    CaptureRequested,
+    Commanded,
+    Contradiction,
+    DisputeSeen,
+    Event,
+    GiveUp,
+    IntentCreated,
+    IntentSeen,
+    Moved,
+    RefundRefused,
+    RefundRequested,
+    RefundSeen,
+    SuccessorNamed,
+)
 from oncepay.ledger import BalanceLink, Entry, exchange_entries, payment_entry, stripe_fee_entry
-from oncepay.payment import TERMINAL, Charge, Failure, GiveUpReason, IntentView, Payment, Status
-
-
-class Contradiction(OncepayError):
-    """Stripe says something that can't be true of this payment."""
-
-    slug = "contradiction"
-
-
-class IntentCreated(msgspec.Struct, frozen=True, tag=True):
-    """Stripe made a PaymentIntent for this payment; nothing is confirmed."""
-
-    intent: str
-    client_secret: str
-
-
-class AttemptStarted(msgspec.Struct, frozen=True, tag=True):
-    """Attempt `number` is about to be confirmed with `payment_method`. It is committed before confirm is called."""
-
-    number: int
-    payment_method: str
-
-
-class AttemptDeclined(msgspec.Struct, frozen=True, tag=True):
-    """Confirm number `number` was answered with a decline. `charge` is empty when Stripe made no charge."""
-
-    number: int
-    charge: str
-    failure: Failure
-
-
-class IntentSeen(msgspec.Struct, frozen=True, tag=True):
-    """The PaymentIntent as Stripe showed it."""
-
-    view: IntentView
-
-
-class GiveUp(msgspec.Struct, frozen=True, tag=True):
-    """The payment is given up: by request, after a decline, or because it is past its time."""
-
-    reason: GiveUpReason
-
-
-class SuccessorNamed(msgspec.Struct, frozen=True, tag=True):
-    """The payment is over, and `key` tries again in its place."""
-
-    key: str
-
-
-Event = IntentCreated | AttemptStarted | AttemptDeclined | IntentSeen | GiveUp | SuccessorNamed
-
-
-class Moved(NamedTuple):
-    """What an event makes of a payment. `payment` is the very same object when nothing changed."""
-
-    payment: Payment
-    entries: tuple[Entry, ...] = ()
-    links: tuple[BalanceLink, ...] = ()
-
+from oncepay.payment import COMMANDS_MAX, TERMINAL, Capture, Charge, Command, Failure, IntentView, Payment, Status
 
 CONFIRMABLE = frozenset({Status.ATTEMPTED, Status.REQUIRES_PAYMENT_METHOD})
 IN_ATTEMPT = frozenset({Status.CONFIRMING, Status.PROCESSING, Status.REQUIRES_ACTION})
@@ -155,6 +116,38 @@ def _successor_named(payment: Payment, event: SuccessorNamed) -> Moved:
     return Moved(replace(payment, progress=replace(payment.progress, successor=event.key)))
 
 
+def _commanded(payment: Payment, event: Commanded) -> Moved:
+    """A key is taken once: again with the same words it is a replay, with other words it is refused."""
+    known = next((command for command in payment.progress.commands if command.key == event.key), None)
+    if known is not None:
+        if known.fingerprint != event.fingerprint:
+            raise KeyReused(f"{event.key} was used on {payment.key} for another command")
+        raise AlreadyCommanded(payment)
+    if len(payment.progress.commands) >= COMMANDS_MAX:
+        raise TooBusy(f"{payment.key} has taken {COMMANDS_MAX} commands, and takes no more")
+    commands = (*payment.progress.commands, Command(event.key, event.fingerprint))
+    return Moved(replace(payment, progress=replace(payment.progress, commands=commands)))
+
+
+def _capture_requested(payment: Payment, event: CaptureRequested) -> Moved:
+    """One capture a payment: a second one would need multi-capture, which is not supported."""
+    if payment.status is not Status.REQUIRES_CAPTURE or payment.progress.capture is not None:
+        raise WrongState(f"a payment that is {payment.status} can't be captured" if payment.status is not Status.REQUIRES_CAPTURE
+                         else "the payment is being captured already")  # fmt: skip
+    if not 0 < event.amount <= payment.amount:
+        raise InvalidAmount(f"of {payment.amount} at most that can be captured, not {event.amount}", field="amount")
+    number = payment.progress.captures + 1
+    progress = replace(payment.progress, capture=Capture(number, event.amount, event.shares), captures=number)
+    return Moved(replace(payment, progress=progress))
+
+
+def _capture_refused(payment: Payment, event: CaptureRefused) -> Moved:
+    capture = payment.progress.capture
+    if capture is None or capture.number != event.number or payment.terminal:
+        return Moved(payment)
+    return Moved(replace(payment, progress=replace(payment.progress, capture=None)))
+
+
 def _given_up_status(reason: str, failure: Failure | None) -> Status:
     """`failed` after a decline, `canceled` when somebody asked for it or nothing was ever tried."""
     return Status.FAILED if failure is not None and reason != "requested" else Status.CANCELED
@@ -210,7 +203,9 @@ def _succeeded(payment: Payment, view: IntentView) -> Moved:
         captured = view.amount_received or payment.amount
         if captured > payment.amount:
             raise Contradiction(f"{view.id} took {captured} of {payment.amount}")
-        entry = payment_entry(payment.currency, charge.id, shares_of_part(payment.terms.shares, captured))
+        asked = payment.progress.capture
+        shares = asked.shares if asked and asked.amount == captured else shares_of_part(payment.terms.shares, captured)
+        entry = payment_entry(payment.currency, charge.id, shares)
         progress = replace(payment.progress, charge=charge.id, failure=None, next_action_url="")
         moved = Moved(replace(payment, status=Status.SUCCEEDED, amount_captured=captured, progress=progress), (entry,))
     elif charge.id != payment.progress.charge:
@@ -242,18 +237,33 @@ _HANDLERS: dict[type, Callable[[Payment, Any], Moved]] = {
     IntentSeen: _intent_seen,
     GiveUp: _give_up,
     SuccessorNamed: _successor_named,
+    Commanded: _commanded,
+    CaptureRequested: _capture_requested,
+    CaptureRefused: _capture_refused,
+    RefundRequested: refunds.requested,
+    RefundSeen: refunds.seen,
+    RefundRefused: refunds.refused,
+    DisputeSeen: refunds.dispute_seen,
 }
 
 __all__ = [
     "TERMINAL",
+    "AlreadyCommanded",
     "AttemptDeclined",
     "AttemptStarted",
+    "CaptureRefused",
+    "CaptureRequested",
+    "Commanded",
     "Contradiction",
+    "DisputeSeen",
     "Event",
     "GiveUp",
     "IntentCreated",
     "IntentSeen",
     "Moved",
+    "RefundRefused",
+    "RefundRequested",
+    "RefundSeen",
     "SuccessorNamed",
     "move",
 ]
