@@ -77,15 +77,6 @@ def log_tail(layout: Layout, process: str) -> str:
     return "\n".join(lines[-LOG_LINES:])
 
 
-def unmade_with_data(layout: Layout, memory: Memory) -> list[str]:
-    """Shards whose making was cut off: their nodes have data, but never was there a leader with a database."""
-    return [
-        shard
-        for shard in memory.shards
-        if shard not in memory.made and any((layout.node(node) / "data").exists() for node in node_names(shard))
-    ]
-
-
 def has_slot(dsn: str) -> bool:
     """Whether the feed's slot is there; False too when the node can't be asked."""
     import psycopg2
@@ -127,7 +118,8 @@ class BringUp:
         self.supervisor = Supervisor(plan.layout)
         self.started_s = time.monotonic()
         self.timeout_s = timeout_s
-        self.unmade = unmade_with_data(plan.layout, memory) if "nodes" in plan.parts and added is None else []
+        # Shards whose making was cut off, if it began: never was there a leader with a database.
+        self.unmade = [shard for shard in self.shards if shard not in memory.made and {"etcd", "nodes"} <= set(plan.parts)]
         self._cancel = threading.Event()
         self._lock = threading.Lock()
         self._nodes: dict[str, NodeState] = {}

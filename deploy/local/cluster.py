@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, WrongH
 from deploy.local.etcd import Gateway
 from deploy.local.layout import Layout, Memory
 from deploy.local.leftovers import Leftovers
-from deploy.local.parts import ALL_PARTS, Plan, default_parts, node_names
+from deploy.local.parts import ALL_PARTS, Plan, default_parts
 from deploy.local.ports import DEFAULT_BASE, MAX_SHARDS, Ports, check_free
 from deploy.local.status import Status
 from deploy.local.supervisor import Supervisor, SupervisorAway
@@ -133,7 +132,6 @@ class Cluster:
             if not Leftovers(self.layout).end():
                 raise ClusterError("processes of an earlier run can't be ended")
             self.layout.clean_run()
-            self.layout.make()
             plan = dataclasses.replace(self._plan(memory), os_user=os_user.for_postgres())
             all_programs = plan.programs()
             check_free(port for program in all_programs for port in program.listens)
@@ -142,6 +140,7 @@ class Cluster:
             self.layout.remember(memory)
             self._write(plan)
             try:
+                self.layout.make_socket_folder()
                 supervisor.start(self.layout)
                 BringUp(plan, memory, hooks or Hooks(), on_progress or (lambda _: None), timeout_s).run()
             except BaseException:
@@ -171,8 +170,6 @@ class Cluster:
             plan = dataclasses.replace(self._plan(memory), os_user=os_user.for_postgres())
             all_programs = plan.programs()
             check_free(port for program in all_programs if program.shard == shard for port in program.listens)
-            for node in node_names(shard):
-                shutil.rmtree(self.layout.node(node), ignore_errors=True)
             write_node_configs(plan)
             config = supervisor.configuration(all_programs, self.layout, added_shard=shard)
             self.layout.supervisor_config.write_text(config, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -127,8 +128,12 @@ class Layout:
                 folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise WrongHome(f"can't use {self.home} (ONCEPAY_HOME): {error.strerror}") from error
+
+    def make_socket_folder(self) -> None:
+        """Make the folder of the supervisor's socket, when that isn't `run`. Raises WrongHome."""
         if self.supervisor_socket.parent == self.short_run:
-            self.short_run.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.short_run.mkdir(mode=0o700)
             found = os.lstat(self.short_run)
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
                 raise WrongHome(f"{self.short_run} is somebody else's: remove it, or use a home with a shorter path")
