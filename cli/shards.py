@@ -138,7 +138,4 @@ async def _table(dsn: str) -> States:
     return {row["key"]: (row["version"], row["status"]) for row in rows}
 
 
-_OPEN = """
-    select key, version, status from oncepay.payments
-    where status not in ('succeeded', 'failed', 'canceled') or (status = 'succeeded' and progress ->> 'stripe_fee' is null)
-"""
+_OPEN = "select key, version, status from oncepay.payments where open_work"

@@ -19,9 +19,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import secrets
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -76,6 +77,9 @@ class PaymentView(msgspec.Struct, frozen=True):
     created_at: str = ""
     updated_at: str = ""
     entries: list[dict[str, Any]] = []
+    refunds: list[dict[str, Any]] = []
+    disputes: list[dict[str, Any]] = []
+    successor: str = ""
     replayed: bool = False
 
     @property
@@ -86,6 +90,11 @@ class PaymentView(msgspec.Struct, frozen=True):
 
 class _Keys(msgspec.Struct):
     keys: list[str]
+
+
+class _Page(msgspec.Struct):
+    payments: list[PaymentView]
+    cursor: str | None = None
 
 
 class Oncepay:
@@ -155,15 +164,42 @@ class Oncepay:
         """The payment with its ledger entries. Raises Problem (404) when there is none."""
         return await self._payment("GET", f"/v1/payments/{quote(key, safe='')}")
 
-    async def confirm(self, key: str, payment_method: str, *, wait_s: float = 10.0) -> PaymentView:
-        """Try another payment method on the same payment."""
-        path = f"/v1/payments/{quote(key, safe='')}/confirm"
-        return await self._payment("POST", path, {"payment_method": payment_method}, {"Prefer": f"wait={wait_s:g}"}, wait_s + 40)
+    async def confirm(self, key: str, payment_method: str, *, command: str = "", wait_s: float = 10.0) -> PaymentView:
+        """Try another payment method on the same payment. `command` is the call's own idempotency key, made when empty."""
+        return await self._command(key, "confirm", {"payment_method": payment_method}, command, wait_s)
 
-    async def cancel(self, key: str, *, wait_s: float = 10.0) -> PaymentView:
+    async def cancel(self, key: str, *, command: str = "", wait_s: float = 10.0) -> PaymentView:
         """Give the payment up."""
-        path = f"/v1/payments/{quote(key, safe='')}/cancel"
-        return await self._payment("POST", path, {}, {"Prefer": f"wait={wait_s:g}"}, wait_s + 40)
+        return await self._command(key, "cancel", {}, command, wait_s)
+
+    async def capture(self, key: str, *, command: str = "", wait_s: float = 10.0, **part: Any) -> PaymentView:
+        """Take what was authorised; `amount` or `items` for a part of it."""
+        return await self._command(key, "capture", part, command, wait_s)
+
+    async def refund(self, key: str, *, command: str = "", wait_s: float = 10.0, **part: Any) -> PaymentView:
+        """Give back all that is left; `amount` or `items` for a part of it, and a `reason`. `command` names the refund."""
+        return await self._command(key, "refunds", part, command, wait_s)
+
+    async def _command(self, key: str, what: str, body: Mapping[str, Any], command: str, wait_s: float) -> PaymentView:
+        path = f"/v1/payments/{quote(key, safe='')}/{what}"
+        headers = {"Idempotency-Key": command or f"command-{secrets.token_hex(16)}", "Prefer": f"wait={wait_s:g}"}
+        return await self._payment("POST", path, body, headers, wait_s + 40)
+
+    async def payments(
+        self, *, buyer: str = "", seller: str = "", status: str = "", limit: int = 100
+    ) -> AsyncIterator[PaymentView]:
+        """All payments that fit, newest first, page by page."""
+        given = {"buyer": buyer, "seller": seller, "status": status, "limit": str(limit)}
+        query = {name: value for name, value in given.items() if value}
+        while True:
+            text = "&".join(f"{name}={quote(value, safe='')}" for name, value in query.items())
+            answer = await self._call("GET", f"{self._router}/v1/payments?{text}")
+            page = msgspec.json.decode(answer.body, type=_Page)
+            for payment in page.payments:
+                yield payment
+            if page.cursor is None:
+                return
+            query["cursor"] = page.cursor
 
     async def wait(self, key: str, *, timeout_s: float = 60.0) -> PaymentView:
         """Look until the payment is terminal, at most `timeout_s` seconds; the payment as it is then."""

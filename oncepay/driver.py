@@ -13,9 +13,11 @@ import random
 import time
 import weakref
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 from prometheus_client import Counter
 
+from oncepay.aftercare import Aftercare
 from oncepay.errors import OncepayError, StripeUnavailable, WrongState
 from oncepay.logs import get_logger
 from oncepay.payment import Failure, IntentView, Payment, Status
@@ -79,6 +81,7 @@ class Driver:
         self._store = store
         self._stripe = stripe
         self._on_move = on_move or (lambda payment: None)
+        self._aftercare = Aftercare(stripe, self._apply, step_key)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def _lock(self, key: str) -> asyncio.Lock:
@@ -107,7 +110,10 @@ class Driver:
             if payment is None:
                 return None
             if payment.intent and payment.open_work:
-                payment = await self._look(payment, "poll")
+                if payment.status is not Status.SUCCEEDED or payment.progress.stripe_fee < 0:
+                    payment = await self._look(payment, "poll")
+                if payment.status is Status.SUCCEEDED:
+                    payment = await self._aftercare.look(payment, "poll")
             expired = payment.expires_at_ms <= (now_ms if now_ms is not None else time.time_ns() // 1_000_000)
             if expired and not payment.terminal and payment.status not in {Status.PROCESSING, Status.REQUIRES_CAPTURE}:
                 payment = await self._command(payment, GiveUp("expired"), event="expired")
@@ -121,6 +127,19 @@ class Driver:
                 return payment
             payment = await self._look(payment, reason)
             return await self._drive(payment) if payment.status is Status.REQUIRES_PAYMENT_METHOD else payment
+
+    async def look_after(self, key: str, what: Literal["refunds", "disputes"], reason: str) -> Payment | None:
+        """Look at the refunds or the disputes of a payment. None without a row that has an intent and succeeded."""
+        async with self._lock(key):
+            payment = await self._store.get(key)
+            if payment is None or not payment.intent:
+                return None
+            if payment.status is not Status.SUCCEEDED:
+                payment = await self._look(payment, reason)
+            if payment.status is not Status.SUCCEEDED:
+                return payment
+            look = self._aftercare.look_refunds if what == "refunds" else self._aftercare.look_disputes
+            return await look(payment, reason)
 
     async def see(self, payment: Payment, view: IntentView, event: str) -> Payment:
         """Apply a view of the payment's intent to a row that was read *before* Stripe was looked at.
@@ -166,7 +185,10 @@ class Driver:
             if step is None:
                 return payment
             before = payment
-            payment = await step(payment)
+            try:
+                payment = await step(payment)
+            except StaleView as stale:
+                payment = stale.payment
             if payment is before:
                 return payment
         raise TooManySteps(f"{payment.key} is {payment.status} after {STEPS_MAX} steps")
@@ -184,6 +206,10 @@ class Driver:
                 return self._give_up_declined
             case Status.CANCELING:
                 return self._cancel
+            case Status.REQUIRES_CAPTURE if payment.progress.capture is not None:
+                return self._aftercare.capture
+            case Status.SUCCEEDED if any(refund.status == "requested" for refund in payment.progress.refunds):
+                return self._aftercare.refund
         return None
 
     async def _first_attempt(self, payment: Payment) -> Payment:

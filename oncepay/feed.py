@@ -40,6 +40,7 @@ class PaymentRow(msgspec.Struct, array_like=True, frozen=True):
     created_at_us: int
     updated_at_us: int
     expires_at_us: int
+    open_work: bool = True
 
 
 class EntryRow(msgspec.Struct, array_like=True, frozen=True):

@@ -216,6 +216,8 @@ class Payment(msgspec.Struct, frozen=True):
             return False  # it is about to be given up
         if self.status is Status.ATTEMPTED and not self.terms.payment_method:
             return True  # the browser confirms with the client secret
+        if self.status is Status.REQUIRES_CAPTURE and self.progress.capture is not None:
+            return False  # it is about to be captured
         return self.status in TERMINAL or self.status in WAITING
 
     @property
@@ -227,6 +229,15 @@ class Payment(msgspec.Struct, frozen=True):
         return any(refund.open_work for refund in progress.refunds) or any(
             d.status not in DISPUTE_OVER for d in progress.disputes
         )
+
+    @property
+    def refunds_asked(self) -> bool:
+        """Whether a refund was asked for of which Stripe hasn't said anything."""
+        return any(refund.status == "requested" for refund in self.progress.refunds)
+
+    def command(self, key: str) -> Command | None:
+        """The command that this payment took under `key`."""
+        return next((command for command in self.progress.commands if command.key == key), None)
 
     @property
     def captured_shares(self) -> tuple[Share, ...]:

@@ -62,10 +62,14 @@ class TipaltiSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FeeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The platform's fee for a seller that has none of its own: basis points of the item total plus a fixed part."""
+    """The platform's fee for a seller that has none of its own: basis points of the item total plus a fixed part.
+
+    `refunded` gives the platform's fee back with a refund, in proportion.
+    """
 
     basis_points: int = 1000
     fixed_minor: int = 0
+    refunded: bool = True
 
 
 class PollSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -20,14 +20,26 @@ import stripe
 from prometheus_client import Counter, Histogram
 
 from oncepay.errors import OncepayError, StripeUnavailable
-from oncepay.payment import Failure, IntentView
+from oncepay.payment import DisputeView, Failure, IntentView, RefundView
 from oncepay.settings import StripeSettings
-from oncepay.stripe_objects import ErrorAnswer, ErrorObject, EventList, IntentList, IntentObject, failure_of
+from oncepay.stripe_objects import (
+    DisputeList,
+    DisputeObject,
+    ErrorAnswer,
+    ErrorObject,
+    EventList,
+    IntentList,
+    IntentObject,
+    RefundList,
+    RefundObject,
+    failure_of,
+)
 
 CONCURRENCY_MAX = 128
 RETRIES_MAX = 2
 PAGE_MAX = 100
 EXPAND = ["latest_charge.balance_transaction"]
+EXPAND_REFUND = ["balance_transaction", "failure_balance_transaction"]
 
 T = TypeVar("T")
 
@@ -103,6 +115,35 @@ class StripeGateway:
         """Cancel. Raises StripeRefused with the intent's view when its state doesn't allow it."""
         path = f"/v1/payment_intents/{intent}/cancel"
         return (await self._post("cancel", path, {"expand": EXPAND}, idempotency_key, api_version)).view()
+
+    async def capture(self, intent: str, amount: int, idempotency_key: str, api_version: str) -> IntentView:
+        """Capture `amount` minor units. Raises StripeRefused with the intent's view when its state doesn't allow it."""
+        path, parameters = f"/v1/payment_intents/{intent}/capture", {"amount_to_capture": amount, "expand": EXPAND}
+        return (await self._post("capture", path, parameters, idempotency_key, api_version)).view()
+
+    async def refund(self, parameters: Mapping[str, object], idempotency_key: str, api_version: str) -> RefundView:
+        """Make a refund. Raises StripeRefused or StripeUnavailable."""
+        options = {"idempotency_key": idempotency_key, "stripe_version": api_version}
+        body = await self._call("refund", "post", "/v1/refunds", {**parameters, "expand": EXPAND_REFUND}, options)
+        return msgspec.json.decode(body, type=RefundObject).view()
+
+    async def refunds(self, intent: str) -> list[RefundView]:
+        """All refunds of an intent, newest first, with their balance transactions (at most PAGE_MAX)."""
+        expand = [f"data.{name}" for name in EXPAND_REFUND]
+        query = {"payment_intent": intent, "limit": PAGE_MAX, "expand": expand}
+        body = await self._call("list", "get", "/v1/refunds", query, {})
+        return [item.view() for item in msgspec.json.decode(body, type=RefundList).data]
+
+    async def disputes(self, intent: str) -> list[DisputeView]:
+        """All disputes of an intent, newest first."""
+        body = await self._call("list", "get", "/v1/disputes", {"payment_intent": intent, "limit": PAGE_MAX}, {})
+        return [item.view() for item in msgspec.json.decode(body, type=DisputeList).data]
+
+    async def dispute_evidence(self, dispute: str, evidence: Mapping[str, str], *, submit: bool) -> DisputeView:
+        """Put evidence to a dispute; with `submit` it is handed in for good. Raises StripeRefused."""
+        parameters = {"evidence": dict(evidence), "submit": submit}
+        body = await self._call("dispute", "post", f"/v1/disputes/{dispute}", parameters, {})
+        return msgspec.json.decode(body, type=DisputeObject).view()
 
     async def retrieve(self, intent: str) -> IntentView:
         """The PaymentIntent as it is now, with its latest charge and that one's balance transaction."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from oncepay.payment import Charge, Failure, IntentView
+from oncepay.payment import BalanceTransaction, Charge, DisputeView, Failure, IntentView, RefundStatus, RefundView
 
 
 class BalanceTransactionObject(msgspec.Struct):
@@ -18,6 +18,10 @@ class BalanceTransactionObject(msgspec.Struct):
     currency: str = ""
     fee: int = 0
     net: int = 0
+
+    def value(self) -> BalanceTransaction:
+        """The transaction as the core knows it."""
+        return BalanceTransaction(self.id, self.amount, self.fee, self.net, self.currency)
 
 
 class ChargeObject(msgspec.Struct):
@@ -99,6 +103,73 @@ class IntentList(msgspec.Struct):
     """A page of PaymentIntents, newest first."""
 
     data: list[IntentObject]
+    has_more: bool = False
+
+
+class RefundObject(msgspec.Struct):
+    """A refund."""
+
+    id: str
+    amount: int = 0
+    status: RefundStatus = "pending"
+    created: int = 0
+    reason: str | None = None
+    failure_reason: str | None = None
+    metadata: dict[str, str] | None = None
+    balance_transaction: str | BalanceTransactionObject | None = None
+    failure_balance_transaction: str | BalanceTransactionObject | None = None
+
+    def view(self) -> RefundView:
+        """What the platform takes from it; transactions only where they were expanded."""
+        paid, returned = self.balance_transaction, self.failure_balance_transaction
+        return RefundView(
+            id=self.id,
+            status=self.status,
+            amount=self.amount,
+            key=(self.metadata or {}).get("oncepay_refund", ""),
+            reason=self.reason or "",
+            failure=self.failure_reason or "",
+            transaction=paid.value() if isinstance(paid, BalanceTransactionObject) else None,
+            failure_transaction=returned.value() if isinstance(returned, BalanceTransactionObject) else None,
+            created_at_ms=self.created * 1000,
+        )
+
+
+class RefundList(msgspec.Struct):
+    """A page of refunds, newest first."""
+
+    data: list[RefundObject]
+    has_more: bool = False
+
+
+class EvidenceDetails(msgspec.Struct):
+    """Until when evidence may be handed in, in seconds since 1970."""
+
+    due_by: int | None = None
+
+
+class DisputeObject(msgspec.Struct):
+    """A dispute with its balance transactions."""
+
+    id: str
+    status: str
+    amount: int = 0
+    reason: str | None = None
+    payment_intent: str | None = None
+    balance_transactions: list[BalanceTransactionObject] = []
+    evidence_details: EvidenceDetails | None = None
+
+    def view(self) -> DisputeView:
+        """What the platform takes from it."""
+        due = self.evidence_details.due_by if self.evidence_details else None
+        transactions = tuple(item.value() for item in self.balance_transactions)
+        return DisputeView(self.id, self.status, self.amount, self.reason or "", due or 0, transactions)
+
+
+class DisputeList(msgspec.Struct):
+    """A page of disputes, newest first."""
+
+    data: list[DisputeObject]
     has_more: bool = False
 
 

@@ -9,7 +9,9 @@ from oncepay.driver import Driver
 from oncepay.errors import EtcdUnavailable, ShardUnavailable
 from oncepay.service import Service, run
 from oncepay.stripe_client import StripeGateway
+from router.commands import Commands
 from router.inflight import InFlight
+from router.lists import Lists
 from router.macs import Macs
 from router.openapi import document
 from router.payments import PaymentCalls
@@ -29,11 +31,18 @@ async def start(service: Service) -> AsyncIterator[None]:
     async with StripeGateway(settings.stripe) as stripe:
         driver = Driver(store, stripe, in_flight.moved)
         payments = PaymentCalls(settings, store, driver, in_flight, macs)
+        commands = Commands(settings, store, driver, in_flight, macs)
+        lists = Lists(store, stripe, driver)
         webhooks = StripeWebhooks(store, driver, Secrets(settings.stripe.webhook_secret_files))
         service.route("POST", "/v1/payments", payments.submit, scope="pay")
         service.route("GET", "/v1/payments/{key}", payments.show, scope="read")
-        service.route("POST", "/v1/payments/{key}/confirm", payments.confirm, scope="pay")
-        service.route("POST", "/v1/payments/{key}/cancel", payments.cancel, scope="pay")
+        service.route("GET", "/v1/payments", lists.payments, scope="read")
+        service.route("POST", "/v1/payments/{key}/confirm", commands.confirm, scope="pay")
+        service.route("POST", "/v1/payments/{key}/cancel", commands.cancel, scope="pay")
+        service.route("POST", "/v1/payments/{key}/capture", commands.capture, scope="pay")
+        service.route("POST", "/v1/payments/{key}/refunds", commands.refund, scope="refund")
+        service.route("GET", "/v1/disputes", lists.disputes, scope="read")
+        service.route("POST", "/v1/payments/{key}/disputes/{dispute}/evidence", lists.evidence, scope="operate")
         service.route("POST", "/v1/webhooks/stripe", webhooks.receive)
         service.openapi(document())
 

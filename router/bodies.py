@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from typing import Literal
 
 import msgspec
 
@@ -45,6 +46,37 @@ class ConfirmBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of POST /v1/payments/{key}/confirm."""
 
     payment_method: str
+
+
+class CancelBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /v1/payments/{key}/cancel: nothing."""
+
+
+class PartItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A seller's part of a capture or a refund, in minor units."""
+
+    seller: str
+    amount: int
+
+
+class CaptureBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /v1/payments/{key}/capture: everything, an amount, or the amounts of sellers."""
+
+    amount: int | None = None
+    items: tuple[PartItem, ...] = ()
+
+
+class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /v1/payments/{key}/refunds: all that is left, an amount, or the amounts of sellers."""
+
+    amount: int | None = None
+    items: tuple[PartItem, ...] = ()
+    reason: Literal["duplicate", "fraudulent", "requested_by_customer"] | None = None
+
+
+def now_ms() -> int:
+    """This process' clock, in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 def fingerprint_of(body: PaymentBody) -> bytes:

@@ -70,7 +70,7 @@ class InFlight:
     async def wait(self, payment: Payment, timeout_s: float) -> Payment:
         """The payment once it is settled or waits for the buyer or the merchant, else as it is after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
-        while not payment.settled and (left_s := deadline_s - time.monotonic()) > 0:
+        while (not payment.settled or payment.refunds_asked) and (left_s := deadline_s - time.monotonic()) > 0:
             future: asyncio.Future[Payment] = asyncio.get_running_loop().create_future()
             waiting = self._waiting.setdefault(payment.key, set())
             waiting.add(future)

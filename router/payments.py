@@ -1,39 +1,28 @@
-"""The payments API: accept, show, confirm with another card, cancel."""
+"""The payments API: submit and show."""
 
 from __future__ import annotations
-
-import re
-from urllib.parse import quote
 
 from aiohttp import web
 from prometheus_client import Counter
 
 from oncepay.driver import Driver
 from oncepay.errors import InvalidKey, KeyReused, NotFound, OncepayError, PredecessorNotOver
+from oncepay.events import SuccessorNamed
 from oncepay.keys import Origin, origin, parse_key
 from oncepay.payment import Key, Payment
 from oncepay.service import json_response
 from oncepay.settings import Settings
-from oncepay.transition import AttemptStarted, GiveUp, SuccessorNamed
 from oncepay.web import decode
-from router.bodies import ConfirmBody, PaymentBody, changed_field, check_payment_method, fingerprint_of, new_payment
+from router.bodies import PaymentBody, changed_field, fingerprint_of, new_payment
 from router.inflight import InFlight
 from router.macs import Macs
+from router.prefer import location, wait_s
 from router.views import payment_view
 from shard.store.store import Shards
 
 KEY_HEADER = "Idempotency-Key"
-WAIT_DEFAULT_S = 10.0
-WAIT_MAX_S = 60.0
-_WAIT = re.compile(r"(?:^|[,;\s])wait=(\d+(?:\.\d+)?)")
 
 ACCEPTED = Counter("oncepay_router_payments_total", "Calls that submit a payment.", ["outcome"])
-
-
-def wait_s(request: web.Request) -> float:
-    """How long the caller's `Prefer: wait=<seconds>` lets settlement take (RFC 7240), at most WAIT_MAX_S."""
-    match = _WAIT.search(request.headers.get("Prefer", ""))
-    return min(float(match[1]), WAIT_MAX_S) if match else WAIT_DEFAULT_S
 
 
 class PaymentCalls:
@@ -90,7 +79,7 @@ class PaymentCalls:
         row = await self._in_flight.wait(row, wait_s(request))
         headers = {} if created else {"Idempotent-Replayed": "true"}
         if not row.settled:
-            headers["Location"] = _location(row.key)
+            headers["Location"] = location(row.key)
             return json_response(payment_view(row), 202, headers)
         return json_response(payment_view(row), 201 if created else 200, headers)
 
@@ -108,37 +97,3 @@ class PaymentCalls:
             raise NotFound(f"there is no payment {request.match_info['key']}")
         payment, entries = found
         return json_response(payment_view(payment, entries), headers={"ETag": f'"{payment.version}"'})
-
-    async def confirm(self, request: web.Request) -> web.Response:
-        """POST /v1/payments/{key}/confirm: another payment method on the same payment."""
-        body = await decode(request, ConfirmBody)
-        check_payment_method(body.payment_method)
-        payment = await self._row(request)
-        started = AttemptStarted(payment.progress.attempt + 1, body.payment_method)
-        payment = await self._store.apply(payment, started, event=f"attempt {started.number}")
-        self._in_flight.drive(self._driver, payment)
-        return await self._state(request, payment)
-
-    async def cancel(self, request: web.Request) -> web.Response:
-        """POST /v1/payments/{key}/cancel: give the payment up; if it turns out to have been paid, that is the outcome."""
-        payment = await self._row(request)
-        payment = await self._store.apply(payment, GiveUp("requested"), event="cancel requested")
-        self._in_flight.drive(self._driver, payment)
-        return await self._state(request, payment)
-
-    async def _row(self, request: web.Request) -> Payment:
-        key = request.match_info["key"]
-        payment = await self._store.get(key)
-        if payment is None:
-            raise NotFound(f"there is no payment {key}")
-        return payment
-
-    async def _state(self, request: web.Request, payment: Payment) -> web.Response:
-        payment = await self._in_flight.wait(payment, wait_s(request))
-        headers = {} if payment.settled else {"Location": _location(payment.key)}
-        return json_response(payment_view(payment), 200 if payment.settled else 202, headers)
-
-
-def _location(key: str) -> str:
-
-    return f"/v1/payments/{quote(key, safe='')}"

@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from oncepay.payment import Payment
+from oncepay.payment import Dispute, Payment, Refund
 from shard.store.batch import EntryView
 
 
@@ -52,9 +52,38 @@ def payment_view(payment: Payment, entries: Sequence[EntryView] | None = None) -
         view["after"] = terms.after
     if progress.successor:
         view["successor"] = progress.successor
+    if progress.refunds:
+        view["refunds"] = [_refund_view(refund) for refund in progress.refunds]
+    if progress.disputes:
+        view["disputes"] = [dispute_view(payment, dispute) for dispute in progress.disputes]
     if entries is not None:
         view["entries"] = [_entry_view(entry) for entry in entries]
     return view
+
+
+def _refund_view(refund: Refund) -> dict[str, Any]:
+    view: dict[str, Any] = {
+        "key": refund.key,
+        "status": refund.status,
+        "amount": refund.amount,
+        "items": [{"seller": share.seller, "amount": share.gross} for share in refund.shares],
+        "refund": refund.id or None,
+        "created_at": rfc3339(refund.created_at_ms),
+    }
+    return view | {name: value for name in ("reason", "failure") if (value := getattr(refund, name))}
+
+
+def dispute_view(payment: Payment, dispute: Dispute) -> dict[str, Any]:
+    """The JSON object of a dispute."""
+    return {
+        "id": dispute.id,
+        "payment": payment.key,
+        "status": dispute.status,
+        "amount": dispute.amount,
+        "currency": payment.currency,
+        "reason": dispute.reason,
+        "evidence_due": rfc3339(dispute.evidence_due_s * 1000) if dispute.evidence_due_s else None,
+    }
 
 
 def _entry_view(entry: EntryView) -> dict[str, Any]:

@@ -38,6 +38,12 @@ _LOOK = frozenset(
     }
 )
 """Events after which the intent is retrieved, when the row still has open work."""
+_REFUNDS = frozenset({"refund.created", "refund.updated", "refund.failed", "charge.refunded", "charge.refund.updated"})
+_DISPUTES = frozenset(
+    f"charge.dispute.{what}" for what in ("created", "updated", "closed", "funds_withdrawn", "funds_reinstated")
+)
+HANDLED = _TERMINAL | _LOOK | _REFUNDS | _DISPUTES
+"""What an endpoint at Stripe has to be subscribed to."""
 
 _log = get_logger("webhooks")
 
@@ -76,7 +82,7 @@ class StripeWebhooks:
             event = msgspec.json.decode(body, type=EventObject)
         except msgspec.DecodeError as error:
             raise MalformedBody(f"not an event: {error}") from None
-        known = event.type in _TERMINAL or event.type in _LOOK
+        known = event.type in HANDLED
         outcome = await self._handle(event) if known else "ignored"
         EVENTS.labels(event.type if known else "other", outcome).inc()
         return json_response({"received": True, "outcome": outcome})
@@ -104,6 +110,9 @@ class StripeWebhooks:
             return "foreign"  # another system's on this account, or made before its row's id was committed
         if payment.intent != intent:
             return "orphan"
+        if event.type in _REFUNDS or event.type in _DISPUTES:
+            await self._driver.look_after(payment.key, "refunds" if event.type in _REFUNDS else "disputes", event.type)
+            return "looked"
         if not payment.open_work:
             return "known"
         if event.type in _TERMINAL:

@@ -18,6 +18,16 @@ EVENTS = (
     "payment_intent.amount_capturable_updated",
     "charge.captured",
     "charge.updated",
+    "refund.created",
+    "refund.updated",
+    "refund.failed",
+    "charge.refunded",
+    "charge.refund.updated",
+    "charge.dispute.created",
+    "charge.dispute.updated",
+    "charge.dispute.closed",
+    "charge.dispute.funds_withdrawn",
+    "charge.dispute.funds_reinstated",
 )
 """What the router handles. An endpoint for all events would only cost both sides."""
 TIMEOUT_S = 5.0

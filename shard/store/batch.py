@@ -44,7 +44,7 @@ BATCHES = Counter("oncepay_store_batches_total", "Batches sent to a shard.", ["s
 ROWS = Histogram("oncepay_store_batch_rows", "Operations in a batch.", ["shard"], buckets=(1, 2, 5, 10, 20, 50, 100, 200, 400))
 SECONDS = Histogram("oncepay_store_batch_seconds", "A batch's commit with its evidence.", ["shard"])
 
-_CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 37))})"  # noqa: S608 (placeholders only)
+_CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 39))})"  # noqa: S608 (placeholders only)
 _EVIDENCE = "select at_lsn, proved from oncepay.evidence($1, $2)"
 
 
@@ -128,6 +128,8 @@ class Batcher:
         self._busy = 0
         self._barrier_session: asyncpg.Connection | None = None
         self._barrier_lock = asyncio.Lock()
+        self._reader_session: asyncpg.Connection | None = None
+        self._reader_lock = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         leaders.on_change(self._leader_changed)
 
@@ -327,6 +329,26 @@ class Batcher:
         """
         self.epoch = int(await self._in_barrier_session("select oncepay.take_epoch($1)", holder))
         return self.epoch
+
+    async def read(self, query: str, *arguments: object) -> Sequence[Mapping[str, Any]]:
+        """Rows of a query (lists, not single payments), answered only behind the barrier."""
+        async with self._reader_lock:
+            return await self._read(query, arguments)
+
+    async def _read(self, query: str, arguments: tuple[object, ...]) -> Sequence[Mapping[str, Any]]:
+        connection = self._reader_session
+        try:
+            if connection is None or connection.is_closed():
+                node = await self._leaders.wait(self.shard, CONNECT_S)
+                connection = self._reader_session = await self._opened(node)
+            rows: Sequence[Mapping[str, Any]] = await connection.fetch(query, *arguments)
+            await connection.fetchval("select pg_logical_emit_message(true, 'oncepay', $1::text)", f"{self._actor} list")
+            await self._prove(connection)
+        except (OSError, TimeoutError, OutcomeUnknown, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            if connection is not None:
+                connection.terminate()
+            raise ShardUnavailable(f"shard {self.shard}: {error!r}") from error
+        return rows
 
     async def _in_barrier_session(self, query: str, argument: str) -> Any:
         async with self._barrier_lock:

@@ -17,7 +17,7 @@ import msgspec
 
 from oncepay.feed import PaymentRow
 from oncepay.keys import ISSUED_CHARACTERS, ISSUED_PREFIX
-from oncepay.payment import TERMINAL, WAITING, Key, Status
+from oncepay.payment import WAITING, Key, Status
 from oncepay.settings import PollSettings
 
 JITTER = 0.2
@@ -29,7 +29,6 @@ TRIES_MAX = 63
 _STATUSES = tuple(Status)
 _CODES: dict[str, int] = {status.value: code for code, status in enumerate(_STATUSES)}
 """A status as a small number: hashing an enum's member costs more than all else here."""
-_TERMINAL_CODES = frozenset(_CODES[status.value] for status in TERMINAL)
 _PATIENT_CODES = frozenset(_CODES[status.value] for status in (*WAITING, Status.ATTEMPTED))
 
 _TO_URL = bytes.maketrans(b"+/", b"-_")
@@ -39,15 +38,6 @@ _PREFIX_LENGTH = len(_PREFIX)
 _PACKED_BYTES = (ISSUED_CHARACTERS - _PREFIX_LENGTH) * 3 // 4
 _PACKED = 0
 """The first byte of a packed key; no key begins with it otherwise."""
-
-
-class _Fee(msgspec.Struct):
-    """Of a row's progress only whether Stripe's fee is booked."""
-
-    stripe_fee: int = -1
-
-
-_fee = msgspec.json.Decoder(_Fee).decode
 
 
 class Pending(msgspec.Struct, frozen=True):
@@ -137,14 +127,7 @@ class PendingCache:
 
     def changed(self, row: PaymentRow) -> None:
         """A row as a commit left it, from the feed."""
-        status = row.status
-        if status != "succeeded":
-            open_work = _CODES[status] not in _TERMINAL_CODES
-        elif row.progress is not None:
-            open_work = _fee(row.progress).stripe_fee < 0
-        else:  # not repeated by the log, so unchanged: open when it was open before
-            open_work = row.key in self
-        self.put(row.key, status, row.version, open_work, row.expires_at_us / 1e6)
+        self.put(row.key, row.status, row.version, row.open_work, row.expires_at_us / 1e6)
 
     def put(self, key: str, status: str, version: int, open_work: bool, expires_s: float) -> None:
         """A payment's state, unless a state of the same or a higher version is known. `status` is one of Status."""

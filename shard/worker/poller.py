@@ -177,6 +177,8 @@ class Poller:
             return payment
         if payment.version == pending.version or view.status in {"succeeded", "canceled"}:
             payment = await self._driver.see(payment, view, "poll")
+        if payment.terminal and payment.open_work:
+            return await self._driver.drive_on(pending.key)  # a refund or a dispute, of which the intent doesn't tell
         return payment if payment.settled else await self._driver.drive(payment)
 
     def _note(self, pending: Pending, how: str, outcome: str, error: BaseException | None = None) -> None:

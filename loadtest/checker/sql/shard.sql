@@ -20,9 +20,10 @@ select balance_transaction, key, entry_id from oncepay.balance_links
 -- Served by the partial index on what is open: cheap enough to ask again and again.
 select count(*) filter (where status not in ('succeeded', 'failed', 'canceled')) as open,
        count(*) filter (
-           where status in ('created', 'confirming', 'processing', 'canceling') or status = 'succeeded'
+           where status in ('created', 'confirming', 'processing', 'canceling')
+              or (status = 'succeeded' and progress ->> 'stripe_fee' is null)
               or (status = 'attempted' and terms ->> 'payment_method' is not null)
               or (status = 'requires_payment_method' and terms ->> 'on_decline' = 'fail')
               or expires_at < now()) as driven
 from oncepay.payments
-where status not in ('succeeded', 'failed', 'canceled') or (status = 'succeeded' and progress ->> 'stripe_fee' is null)
+where open_work

@@ -58,6 +58,8 @@ create table oncepay.payments (
     fingerprint bytea not null,
     terms jsonb not null,
     progress jsonb not null,
+    open_work boolean not null,
+    disputed boolean not null default false,
     event text not null,
     actor text not null,
     created_at timestamptz not null,
@@ -68,6 +70,7 @@ create table oncepay.payments (
     constraint payments_status check (status in (
         'created', 'attempted', 'confirming', 'processing', 'requires_payment_method', 'requires_action',
         'requires_capture', 'canceling', 'succeeded', 'failed', 'canceled')),
+    constraint payments_open_until_terminal check (open_work or status in ('succeeded', 'failed', 'canceled')),
     constraint payments_confirmed_has_intent check (
         intent is not null or status in ('created', 'failed', 'canceled'))
 ) with (fillfactor = 80);
@@ -75,8 +78,13 @@ create table oncepay.payments (
 create unique index payments_intent on oncepay.payments (intent) where intent is not null;
 
 -- The payments on which a worker may still have something to do; what is settled costs nothing here.
-create index payments_open on oncepay.payments (slot, key)
-    where status not in ('succeeded', 'failed', 'canceled') or (status = 'succeeded' and progress ->> 'stripe_fee' is null);
+create index payments_open on oncepay.payments (slot, key) where open_work;
+
+create index payments_disputed on oncepay.payments (created_at, key collate "C") where disputed;
+
+-- Pages of the list calls, newest first.
+create index payments_created on oncepay.payments (created_at, key collate "C");
+create index payments_buyer on oncepay.payments (buyer, created_at, key collate "C");
 
 create function oncepay.refuse_terminal_change() returns trigger language plpgsql as $$
 begin

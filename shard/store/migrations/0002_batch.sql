@@ -25,7 +25,7 @@ create function oncepay.commit_batch(
     p_nonce text,
     -- puts, ascending by (slot, key), each key once; static members are null where an update is meant
     p_slot integer[], p_key text[], p_expect bigint[], p_status text[], p_intent text[], p_progress text[],
-    p_captured bigint[], p_refunded bigint[], p_event text[],
+    p_captured bigint[], p_refunded bigint[], p_open boolean[], p_disputed boolean[], p_event text[],
     p_buyer text[], p_currency text[], p_amount bigint[], p_fingerprint bytea[], p_terms text[],
     p_created timestamptz[], p_expires timestamptz[], p_updated timestamptz[],
     -- entries of the puts: `put` is the put's ordinal; arrays as array literals
@@ -62,12 +62,12 @@ begin
         with written as (
             insert into oncepay.payments as p (
                 slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
-                fingerprint, terms, progress, event, actor, created_at, updated_at, expires_at)
+                fingerprint, terms, progress, open_work, disputed, event, actor, created_at, updated_at, expires_at)
             select u.slot, u.key, u.status, 1, u.buyer, u.currency, u.amount, u.captured, u.refunded, u.intent,
-                   u.fingerprint, u.terms::jsonb, u.progress::jsonb, u.event, p_actor, u.created, u.updated, u.expires
-            from unnest(p_slot, p_key, p_expect, p_status, p_intent, p_progress, p_captured, p_refunded, p_event,
+                   u.fingerprint, u.terms::jsonb, u.progress::jsonb, u.open, u.disputed, u.event, p_actor, u.created, u.updated, u.expires
+            from unnest(p_slot, p_key, p_expect, p_status, p_intent, p_progress, p_captured, p_refunded, p_open, p_disputed, p_event,
                         p_buyer, p_currency, p_amount, p_fingerprint, p_terms, p_created, p_expires, p_updated)
-                 with ordinality u (slot, key, expect, status, intent, progress, captured, refunded, event,
+                 with ordinality u (slot, key, expect, status, intent, progress, captured, refunded, open, disputed, event,
                                     buyer, currency, amount, fingerprint, terms, created, expires, updated, n)
             where u.expect = 0 and not u.n = any (moved)
             order by u.n
@@ -90,10 +90,10 @@ begin
         with written as (
             update oncepay.payments p
             set status = u.status, version = u.expect + 1, intent = u.intent, progress = u.progress::jsonb,
-                amount_captured = u.captured, amount_refunded = u.refunded, event = u.event, actor = p_actor,
+                amount_captured = u.captured, amount_refunded = u.refunded, open_work = u.open, disputed = u.disputed, event = u.event, actor = p_actor,
                 updated_at = u.updated
-            from unnest(p_slot, p_key, p_expect, p_status, p_intent, p_progress, p_captured, p_refunded, p_event, p_updated)
-                 with ordinality u (slot, key, expect, status, intent, progress, captured, refunded, event, updated, n)
+            from unnest(p_slot, p_key, p_expect, p_status, p_intent, p_progress, p_captured, p_refunded, p_open, p_disputed, p_event, p_updated)
+                 with ordinality u (slot, key, expect, status, intent, progress, captured, refunded, open, disputed, event, updated, n)
             where p.slot = u.slot and p.key = u.key and u.expect > 0 and p.version = u.expect
               and not u.n = any (moved)
             returning u.n)

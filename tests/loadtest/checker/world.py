@@ -225,10 +225,10 @@ class Merchant:
         try:
             await connection.execute(
                 "insert into oncepay.payments values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12::text::jsonb,"
-                " $13::text::jsonb, 'test', 'test', now(), now(), now() + interval '1 day')",
+                " $13::text::jsonb, $14, false, 'test', 'test', now(), now(), now() + interval '1 day')",
                 *(slot, payment.key, payment.status.value, payment.version, payment.buyer, payment.currency, payment.amount),
                 *(payment.amount_captured, payment.amount_refunded, payment.intent or None, payment.fingerprint),
-                *(msgspec.json.encode(payment.terms).decode(), msgspec.json.encode(payment.progress).decode()),
+                *(msgspec.json.encode(payment.terms).decode(), msgspec.json.encode(payment.progress).decode(), payment.open_work),
             )
             statement = "insert into oncepay.entries values ($1, $2, $3, $4, $5, $6, $7, $8, $9, now())"
             await connection.executemany(statement, [(slot, payment.key, *entry) for entry in self._entries])

@@ -28,9 +28,9 @@ class Clock:
         return self.now_s
 
 
-def row(key: str, status: Status, version: int, *, fee: int | None = None, progress: bool = True) -> PaymentRow:
-    text = None if not progress else "{}" if fee is None else f'{{"stripe_fee": {fee}}}'
-    return PaymentRow(1, 0, 0, key, status.value, version, "b", "usd", 1, 0, 0, None, "{}", text, 0, 0, int(FAR_S * 1e6))
+def row(key: str, status: Status, version: int, *, open_work: bool = True) -> PaymentRow:
+    moments = (0, 0, int(FAR_S * 1e6))
+    return PaymentRow(1, 0, 0, key, status.value, version, "b", "usd", 1, 0, 0, None, "{}", "{}", *moments, open_work)
 
 
 BASE64URL = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_", min_size=32, max_size=32)
@@ -108,27 +108,17 @@ def test_settled_is_gone_and_never_due() -> None:
     cache.changed(row("a", Status.CONFIRMING, 3))
     cache.changed(row("a", Status.SUCCEEDED, 4))
     assert "a" in cache, "Stripe's fee is not booked yet"
-    cache.changed(row("a", Status.SUCCEEDED, 5, fee=30))
+    cache.changed(row("a", Status.SUCCEEDED, 5, open_work=False))
     assert len(cache) == 0
     clock.now_s += 1_000
     assert cache.take_due(10) == []
     assert sum(cache.counts.values()) == 0
 
 
-def test_a_succeeded_row_whose_progress_was_not_repeated_is_as_open_as_before() -> None:
-    cache = PendingCache(POLL, Clock())
-    cache.changed(row("a", Status.SUCCEEDED, 4))
-    cache.changed(row("a", Status.SUCCEEDED, 5, progress=False))
-    assert "a" in cache
-    cache.changed(row("b", Status.SUCCEEDED, 4, fee=30))
-    cache.changed(row("b", Status.SUCCEEDED, 5, progress=False))
-    assert "b" not in cache
-
-
 def test_the_snapshot_never_brings_back_what_the_feed_settled() -> None:
     cache = PendingCache(POLL, Clock())
     cache.begin_fill()
-    cache.changed(row("a", Status.FAILED, 5))
+    cache.changed(row("a", Status.FAILED, 5, open_work=False))
     cache.put("a", "confirming", 4, True, FAR_S)
     cache.put("b", "confirming", 4, True, FAR_S)
     cache.changed(row("b", Status.CREATED, 1))

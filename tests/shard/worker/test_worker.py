@@ -22,7 +22,7 @@ from deploy.local import Cluster
 from deploy.local.ports import free_base
 from oncepay.cart import Item, Share
 from oncepay.etcd import Etcd
-from oncepay.payment import Key, Payment, Progress, Status, Terms
+from oncepay.payment import Key, Payment, Status, Terms
 from oncepay.settings import PollSettings, Settings, dump
 from shard.store.batch import _CALL
 from shard.store.rows import Put, entry_arrays, put_arrays
@@ -459,9 +459,3 @@ async def test_a_payment_in_progress_is_polled_until_it_succeeds(
             await http.put(faults, json={})
     await derived.same()
     assert await worker.metric('oncepay_polls_total{how="list"') > 0
-
-
-async def test_progress_is_what_tells_open_work(store: Shards) -> None:
-    """The cache decides by the member that the table's index looks at."""
-    assert b"stripe_fee" not in msgspec.json.encode(Progress())
-    assert msgspec.json.encode(Progress(stripe_fee=0)) == b'{"stripe_fee":0}'

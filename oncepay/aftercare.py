@@ -1,0 +1,99 @@
+"""What happens at Stripe around and after a payment's success: captures, refunds, disputes.
+
+A refund's key is in Stripe's metadata, so a refund whose outcome is unknown is found by listing the intent's refunds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from oncepay.events import CaptureRefused, DisputeSeen, Event, IntentSeen, RefundRefused, RefundSeen
+from oncepay.payment import DISPUTE_OVER, Payment, Refund
+from oncepay.stripe_client import StripeGateway, StripeRefused, StripeStored
+
+OVER_AND_OVER = 5
+"""Keys that one refund may use up on errors that Stripe has stored."""
+
+
+class Apply(Protocol):
+    """Commits events to a row, and tells who waits for it."""
+
+    def __call__(self, payment: Payment, *events: Event, event: str) -> Awaitable[Payment]: ...
+
+
+class Aftercare:
+    """The steps of captures, refunds and disputes. `step_key(key, step)` makes Stripe's idempotency keys."""
+
+    def __init__(self, stripe: StripeGateway, apply: Apply, step_key: Callable[[str, str], str]) -> None:
+        self._stripe = stripe
+        self._apply = apply
+        self._step_key = step_key
+
+    async def capture(self, payment: Payment) -> Payment:
+        """Capture what the row says, and commit the outcome. Raises StripeUnavailable: the worker looks later."""
+        asked = payment.progress.capture
+        assert asked is not None
+        key = self._step_key(payment.key, f"capture:{asked.number}")
+        try:
+            view = await self._stripe.capture(payment.intent, asked.amount, key, payment.terms.api_version)
+        except (StripeRefused, StripeStored):
+            view = await self._stripe.retrieve(payment.intent)
+            if view.status == "requires_capture":  # refused, or stored as an error without an effect: it is over
+                return await self._apply(payment, CaptureRefused(asked.number), event="capture refused")
+        return await self._apply(payment, IntentSeen(view), event="captured")
+
+    async def refund(self, payment: Payment) -> Payment:
+        """Make the refunds that the row asks for and Stripe doesn't have yet, looking first where one may be there."""
+        for refund in [each for each in payment.progress.refunds if each.status == "requested"]:
+            payment = await self._refund(payment, refund)
+        return payment
+
+    async def _refund(self, payment: Payment, refund: Refund) -> Payment:
+        named = hashlib.sha256(refund.key.encode()).hexdigest()[:32]
+        parameters: dict[str, object] = {
+            "payment_intent": payment.intent,
+            "amount": refund.amount,
+            "metadata": {"oncepay_key": payment.key, "oncepay_refund": refund.key},
+        }
+        if refund.reason:
+            parameters["reason"] = refund.reason
+        for number in range(OVER_AND_OVER):
+            key = self._step_key(payment.key, f"refund:{named}" + (f":{number}" if number else ""))
+            try:
+                view = await self._stripe.refund(parameters, key, payment.terms.api_version)
+            except StripeRefused as refused:
+                return await self._refused(payment, refund, refused)
+            except StripeStored:
+                looked = await self.look_refunds(payment, "look after a stored error")
+                if looked is not payment:
+                    return looked
+                continue  # nothing was made, and this key will repeat its error for ever
+            return await self._apply(payment, RefundSeen(view), event="refund answered")
+        return await self._apply(payment, RefundRefused(refund.key, "processing_error"), event="refund refused")
+
+    async def _refused(self, payment: Payment, refund: Refund, refused: StripeRefused) -> Payment:
+        """Stripe says no: over, unless an earlier try of ours made it after all."""
+        views = await self._stripe.refunds(payment.intent)
+        if any(view.key == refund.key for view in views):
+            return await self._apply(payment, *map(RefundSeen, reversed(views)), event="refund found")
+        return await self._apply(payment, RefundRefused(refund.key, refused.code), event="refund refused")
+
+    async def look_refunds(self, payment: Payment, reason: str) -> Payment:
+        """Apply all refunds of the intent as Stripe shows them; those made there are adopted."""
+        views = await self._stripe.refunds(payment.intent)
+        return await self._apply(payment, *map(RefundSeen, reversed(views)), event=reason) if views else payment
+
+    async def look_disputes(self, payment: Payment, reason: str) -> Payment:
+        """Apply all disputes of the intent as Stripe shows them."""
+        views = await self._stripe.disputes(payment.intent)
+        return await self._apply(payment, *map(DisputeSeen, reversed(views)), event=reason) if views else payment
+
+    async def look(self, payment: Payment, reason: str) -> Payment:
+        """Look at what of a succeeded payment's refunds and disputes is still open."""
+        if any(refund.open_work for refund in payment.progress.refunds):
+            payment = await self.look_refunds(payment, reason)
+        if any(dispute.status not in DISPUTE_OVER for dispute in payment.progress.disputes):
+            payment = await self.look_disputes(payment, reason)
+        return payment

@@ -1,0 +1,7 @@
+-- A page of payments with disputes, newest first, before ($1, $2); at most $3.
+select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, fingerprint,
+       terms::text, progress::text, created_at, updated_at, expires_at, false as passed
+from oncepay.payments
+where disputed and (created_at, key collate "C") < ($1::timestamptz, $2::text)
+order by created_at desc, key collate "C" desc
+limit $3

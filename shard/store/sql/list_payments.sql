@@ -1,0 +1,26 @@
+-- A page, newest first, before ($1, $2). Filters: $3 buyer, $4 seller, $5 status (null: any). At most $6 rows are shown of at
+-- most $7 that are read; when that many were read, the last of them comes marked as `passed`, to go on from there.
+with read as (
+    select p.*, row_number() over (order by created_at desc, key collate "C" desc) as n
+    from (
+        select * from oncepay.payments
+        where (created_at, key collate "C") < ($1::timestamptz, $2::text)
+          and ($3::text is null or buyer = $3)
+        order by created_at desc, key collate "C" desc
+        limit $7
+    ) p
+), shown as (
+    select * from read
+    where ($4::text is null or terms -> 'shares' @> jsonb_build_array(jsonb_build_object('seller', $4::text)))
+      and ($5::text is null or status = $5)
+    order by n
+    limit $6
+)
+select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, fingerprint,
+       terms::text, progress::text, created_at, updated_at, expires_at, passed
+from (
+    select *, false as passed from shown
+    union all
+    select *, true from read where n = $7 and (select count(*) from shown) < $6
+) page
+order by n, passed
