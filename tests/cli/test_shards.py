@@ -1,0 +1,96 @@
+"""`oncepay shards check-cache`: the comparison, and a whole cluster whose caches are right, then wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import aiohttp
+import asyncpg
+import pytest
+from click.testing import CliRunner
+
+from cli.common import UNREACHABLE, WRONG
+from cli.shards import differing, shards
+from deploy.local import Cluster
+
+
+def test_differing_names_what_is_missing_extra_or_in_another_state() -> None:
+    cache = {"same": (1, "created"), "extra": (1, "created"), "older": (1, "created"), "status": (2, "created")}
+    table = {"same": (1, "created"), "missing": (1, "created"), "older": (2, "created"), "status": (2, "attempted")}
+    assert differing(cache, table) == {"extra", "missing", "older", "status"}
+    assert differing({}, {}) == set()
+
+
+def test_without_a_cluster(tmp_path: Path) -> None:
+    result = CliRunner().invoke(shards, ["check-cache", "--output", "json"], env={"ONCEPAY_HOME": str(tmp_path)})
+    assert result.exit_code == UNREACHABLE
+    assert json.loads(result.stdout)["ok"] is False
+
+
+async def carts(cluster: Cluster, count: int) -> list[str]:
+    """Payments that wait for their buyers."""
+    status = cluster.status()
+    headers = {"Authorization": f"Bearer {status.api_key}"}
+    body = {"buyer": "b", "currency": "usd", "items": [{"seller": "s", "amount": 1000}]}
+    keys = [f"cart-{os.urandom(6).hex()}" for _ in range(count)]
+    async with aiohttp.ClientSession(headers=headers) as http:
+        for key in keys:
+            async with http.post(f"{status.urls['router']}/v1/payments", json=body, headers={"Idempotency-Key": key}) as answer:
+                assert answer.status == 201, await answer.text()
+    return keys
+
+
+async def touch(cluster: Cluster, shard: str, key: str = "", *, unseen: bool) -> str:
+    """Raise a pending payment's version; `unseen` by the feed (as if another node had written it), as a lost change is."""
+    postgres = cluster.settings.postgres
+    found = next(each for each in cluster.status().shards if each.name == shard)
+    port = next(node.port for node in found.nodes if node.name == found.leader)
+    connection = await asyncpg.connect(
+        host="127.0.0.1", port=port, user="postgres", password=postgres.superuser_password, database=postgres.database
+    )
+    try:
+        key = key or await connection.fetchval("select key from oncepay.payments where status = 'attempted' limit 1")
+        if unseen:
+            await connection.execute("select pg_replication_origin_create('unseen')")
+            await connection.execute("select pg_replication_origin_session_setup('unseen')")
+        try:
+            await connection.execute("update oncepay.payments set version = version + 1 where key = $1", key)
+        finally:
+            if unseen:
+                await connection.execute("select pg_replication_origin_session_reset()")
+                await connection.execute("select pg_replication_origin_drop('unseen')")
+    finally:
+        await connection.close()
+    return key
+
+
+@pytest.mark.cluster
+def test_caches_of_a_whole_cluster(cluster: Cluster) -> None:
+    env = {"ONCEPAY_HOME": str(cluster.home)}
+    asyncio.run(carts(cluster, 12))
+    result = CliRunner().invoke(shards, ["check-cache", "--output", "json"], env=env)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["ok"]
+    assert found["differences"] == []
+    assert found["pending"] >= 12
+    shard = cluster.status().shards[0].name
+    key = asyncio.run(touch(cluster, shard, unseen=True))
+    try:
+        result = CliRunner().invoke(shards, ["check-cache", "--wait", "1", "--output", "json"], env=env)
+        text = CliRunner().invoke(shards, ["check-cache", "--wait", "1"], env=env)
+    finally:
+        asyncio.run(touch(cluster, shard, key, unseen=False))
+    assert result.exit_code == WRONG
+    found = json.loads(result.stdout)
+    assert not found["ok"]
+    [difference] = found["differences"]
+    assert (difference["shard"], difference["key"]) == (shard, key)
+    assert difference["cache"][0] + 1 == difference["table"][0]
+    assert text.exit_code == WRONG
+    assert key in text.stdout
+    result = CliRunner().invoke(shards, ["check-cache", "--output", "json"], env=env)
+    assert result.exit_code == 0, "the next change of the payment brings its whole row"
