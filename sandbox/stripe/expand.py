@@ -8,6 +8,8 @@ from sandbox.stripe.world import World
 
 DEPTH_MAX = 4
 PATHS_MAX = 20
+OPTIONAL = frozenset({("refund", "failure_balance_transaction")})
+"""Members that may be expanded and that an object only has in some states."""
 
 
 def expand(world: World, view: JsonObject, paths: list[str]) -> JsonObject:
@@ -48,6 +50,8 @@ def _walk(world: World, node: Json, steps: list[str], path: str) -> None:
         return
     head, rest = steps[0], steps[1:]
     if head not in node:
+        if (node.get("object"), head) in OPTIONAL:
+            return
         raise _refused(path)
     value = node[head]
     if isinstance(value, str):
