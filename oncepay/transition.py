@@ -38,7 +38,8 @@ from oncepay.ledger import BalanceLink, Entry, exchange_entries, payment_entry, 
 from oncepay.payment import COMMANDS_MAX, TERMINAL, Capture, Charge, Command, Failure, IntentView, Payment, Status
 
 CONFIRMABLE = frozenset({Status.ATTEMPTED, Status.REQUIRES_PAYMENT_METHOD})
-IN_ATTEMPT = frozenset({Status.CONFIRMING, Status.PROCESSING, Status.REQUIRES_ACTION})
+WITH_BUYER_OR_BANK = frozenset({Status.PROCESSING, Status.REQUIRES_ACTION})
+"""An attempt is under way at Stripe; nothing but its end brings the intent back to `requires_payment_method`."""
 
 
 def move(payment: Payment, event: Event) -> Moved:
@@ -78,19 +79,19 @@ def _attempt_started(payment: Payment, event: AttemptStarted) -> Moved:
 
 
 def _attempt_declined(payment: Payment, event: AttemptDeclined) -> Moved:
-    if event.number != payment.progress.attempt or payment.status not in IN_ATTEMPT:
+    """The answer to this very attempt. A row that is past `confirming` has seen more of Stripe than the answer knows."""
+    if event.number != payment.progress.attempt or payment.status is not Status.CONFIRMING:
         return Moved(payment)
     return _declined(payment, event.charge, event.failure)
 
 
 def _declined(payment: Payment, charge: str, failure: Failure) -> Moved:
+    """An attempt is over. When it made no charge, `charge` may be that of an earlier one: Stripe shows its latest."""
     progress = payment.progress
     finished = progress.finished_charges
-    if charge and charge in finished:
-        return Moved(payment)
-    progress = replace(
-        progress, finished_charges=(*finished, charge) if charge else finished, failure=failure, next_action_url=""
-    )
+    if charge and charge not in finished:
+        finished = (*finished, charge)
+    progress = replace(progress, finished_charges=finished, failure=failure, next_action_url="")
     return Moved(replace(payment, status=Status.REQUIRES_PAYMENT_METHOD, progress=progress))
 
 
@@ -173,16 +174,12 @@ def _intent_seen(payment: Payment, event: IntentSeen) -> Moved:
 
 def _in_progress(payment: Payment, view: IntentView) -> Moved:
     """A view that is not terminal, of a payment that is not being given up."""
-    if view.status == "requires_payment_method" and view.charge is not None and view.charge.status == "failed":
-        if payment.status is Status.REQUIRES_PAYMENT_METHOD and view.charge.id in payment.progress.finished_charges:
+    if view.status == "requires_payment_method":
+        failed = view.charge.id if view.charge is not None and view.charge.status == "failed" else ""
+        news = bool(failed) and failed not in payment.progress.finished_charges
+        if not news and payment.status not in WITH_BUYER_OR_BANK:
             return Moved(payment)
-        return _declined(payment, view.charge.id, view.failure or Failure(code="card_declined"))
-    if (
-        view.status == "requires_payment_method"
-        and view.failure
-        and payment.status in {Status.REQUIRES_ACTION, Status.PROCESSING}
-    ):
-        return _declined(payment, "", view.failure)  # authentication failed: no charge was made
+        return _declined(payment, failed, view.failure or Failure(code="card_declined"))
     status = {
         "processing": Status.PROCESSING,
         "requires_action": Status.REQUIRES_ACTION,

@@ -153,12 +153,39 @@ def test_a_late_decline_never_touches_a_later_attempt() -> None:
     row = move(row, AttemptStarted(2, "pm_b")).payment
     for late in (
         AttemptDeclined(1, "ch_1", FAILURE),
-        AttemptDeclined(2, "ch_1", FAILURE),
         seen("requires_payment_method", Charge("ch_1", "failed"), failure=FAILURE),
     ):
         assert move(row, late).payment is row, late
     assert row.status is Status.CONFIRMING
     assert row.progress.attempt == 2
+
+
+def test_a_decline_without_a_charge_of_its_own_ends_the_attempt() -> None:
+    """Stripe then shows the charge of the attempt before (off session, `authentication_required` makes none)."""
+    row = payment(Status.CONFIRMING, attempt=2, payment_method="pm_b", finished_charges=("ch_1",))
+    row = move(row, AttemptDeclined(2, "ch_1", FAILURE)).payment
+    assert (row.status, row.progress.finished_charges) == (Status.REQUIRES_PAYMENT_METHOD, ("ch_1",))
+
+
+@pytest.mark.parametrize("status", [Status.REQUIRES_ACTION, Status.PROCESSING])
+@pytest.mark.parametrize("charge", [None, Charge("ch_1", "failed"), Charge("ch_2", "failed")])
+@pytest.mark.parametrize("failure", [None, FAILURE])
+def test_what_was_under_way_and_needs_a_payment_method_again_is_over(
+    status: Status, charge: Charge | None, failure: Failure | None
+) -> None:
+    """The buyer failed to authenticate after an earlier card was declined: the latest charge is still the earlier one."""
+    row = payment(status, attempt=2, payment_method="pm_b", finished_charges=("ch_1",))
+    after = move(row, seen("requires_payment_method", charge, failure=failure)).payment
+    assert after.status is Status.REQUIRES_PAYMENT_METHOD
+    assert after.progress.failure is not None
+    assert move(after, AttemptStarted(3, "pm_c")).payment.status is Status.CONFIRMING
+
+
+@pytest.mark.parametrize("status", [Status.REQUIRES_ACTION, Status.PROCESSING])
+def test_a_late_answer_does_not_end_what_the_browser_began_since(status: Status) -> None:
+    """Attempt 1 was declined, its answer was slow; meanwhile the browser tried a card, and a look showed that."""
+    row = payment(status, attempt=1, payment_method="pm_a")
+    assert move(row, AttemptDeclined(1, "ch_1", FAILURE)).payment is row
 
 
 def test_a_second_attempt_waits_for_the_first_to_be_over() -> None:
