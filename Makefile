@@ -14,7 +14,7 @@ help: ## list the targets
 $(STAMP): requirements.txt pyproject.toml deploy/find_python.sh
 	@PYTHON="$(PYTHON)" sh deploy/find_python.sh $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 install: $(STAMP) ## make .venv with all that the project needs

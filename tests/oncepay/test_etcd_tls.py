@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,9 @@ from oncepay.errors import EtcdUnavailable, SettingsError
 from oncepay.etcd import Etcd
 from oncepay.settings import EtcdSettings
 from tests.etcd_fixture import ETCD, dying_with_parent, free_ports
+from tests.needs import needs_program
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make certificates"),
-]
+pytestmark = [pytest.mark.cluster, needs_program("openssl")]
 
 
 def openssl(folder: Path, *args: str) -> None:
