@@ -158,6 +158,10 @@ def by_seller(entry: Entry) -> dict[str, tuple[int, int]]:
 
 def _expected(payment: Payment) -> dict[str, tuple[int, int]]:
     shares = payment.shares
+    if payment.asked and sum(share.gross for share in payment.asked) == payment.captured:
+        agreed = {share.seller: share.gross for share in shares}
+        if all(0 < share.gross <= agreed.get(share.seller, 0) for share in payment.asked):
+            return {share.seller: (share.gross, share.fee) for share in payment.asked}
     if payment.captured != payment.amount:
         parts = spread(payment.captured, [share.gross for share in shares])
         shares = tuple(Share(share.seller, part, _part_of_fee(share, part)) for share, part in zip(shares, parts, strict=True))

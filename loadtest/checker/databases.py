@@ -61,6 +61,7 @@ class _Terms(msgspec.Struct):
 
 
 _terms = msgspec.json.Decoder(_Terms)
+_shares = msgspec.json.Decoder(list[_Share])
 
 
 @contextlib.asynccontextmanager
@@ -126,18 +127,23 @@ async def read_shard(target: ShardTarget, progress: Progress) -> Shard:
 
 
 def _payment(shard: str, row: Any) -> Payment:
-    text, charge, fee_booked, expired = tuple(row)[10:]
+    text, charge, fee_booked, expired, asked_text = tuple(row)[10:]
     try:
         terms = _terms.decode(text)
+        asked = _shares.decode(asked_text) if asked_text else []
     except msgspec.DecodeError as error:
         raise Misread(f"shard {shard}: the terms of {row[1]}: {error}") from error
     gross: dict[str, int] = {}
     for item in terms.items:
         gross[item.seller] = gross.get(item.seller, 0) + item.amount * item.quantity
-    shares = tuple(Share(share.seller, share.gross, share.fee) for share in terms.shares)
+    shares = _of(terms.shares)
     items = tuple(Share(seller, amount, 0) for seller, amount in gross.items())
     driven = expired or _driven(row[2], terms)
-    return Payment._make((shard, *tuple(row)[:10], charge, fee_booked, driven, shares, items))
+    return Payment._make((shard, *tuple(row)[:10], charge, fee_booked, driven, shares, items, _of(asked)))
+
+
+def _of(shares: list[_Share]) -> tuple[Share, ...]:
+    return tuple(Share(share.seller, share.gross, share.fee) for share in shares)
 
 
 def _driven(status: str, terms: _Terms) -> bool:

@@ -91,6 +91,8 @@ class Payment(NamedTuple):
     shares: tuple[Share, ...]
     items: tuple[Share, ...]
     """What the items come to for each seller; the fee is 0."""
+    asked: tuple[Share, ...] = ()
+    """The shares that a capture of a part named."""
 
     @property
     def open(self) -> bool:

@@ -5,7 +5,8 @@ select first, last from oncepay.ranges order by first
 
 -- name: payments
 select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, coalesce(intent, ''),
-       terms::text, coalesce(progress ->> 'charge', ''), progress ->> 'stripe_fee' is not null, expires_at < now()
+       terms::text, coalesce(progress ->> 'charge', ''), progress ->> 'stripe_fee' is not null, expires_at < now(),
+       progress -> 'capture' ->> 'shares'
 from oncepay.payments
 
 -- name: entries
