@@ -22,6 +22,7 @@ from oncepay.events import (
     Event,
     GiveUp,
     IntentCreated,
+    IntentRefused,
     IntentSeen,
     RefundRefused,
     RefundRequested,
@@ -100,6 +101,7 @@ def _refund(status: words.RefundStatus, transaction: BalanceTransaction | None) 
 
 EXAMPLES: tuple[tuple[str, Event], ...] = (
     ("Stripe made the intent", IntentCreated("pi_1", "secret")),
+    ("Stripe refused to make the intent", IntentRefused(Failure("resource_missing"))),
     ("attempt 1 starts", AttemptStarted(1, "pm_1")),
     ("attempt 2 starts", AttemptStarted(2, "pm_2")),
     ("confirm 1 is answered with a decline", AttemptDeclined(1, "ch_1", _FAILURE)),

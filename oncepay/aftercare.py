@@ -6,15 +6,22 @@ A refund's key is in Stripe's metadata, so a refund whose outcome is unknown is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
+from oncepay.errors import InvalidAmount
 from oncepay.events import CaptureRefused, DisputeSeen, Event, IntentSeen, RefundRefused, RefundSeen
-from oncepay.payment import DISPUTE_OVER, Payment, Refund
+from oncepay.logs import get_logger
+from oncepay.payment import DISPUTE_OVER, Payment, Refund, RefundView
 from oncepay.stripe_client import StripeGateway, StripeRefused, StripeStored
 
 OVER_AND_OVER = 5
 """Keys that one refund may use up on errors that Stripe has stored."""
+KEY_SURE_S = 3600
+"""Stripe forgets idempotency keys after a day: a refund that may be older than this is looked for before it is made."""
+
+_log = get_logger("driver")
 
 
 class Apply(Protocol):
@@ -51,6 +58,10 @@ class Aftercare:
         return payment
 
     async def _refund(self, payment: Payment, refund: Refund) -> Payment:
+        if time.time() - refund.created_at_ms / 1000 > KEY_SURE_S:
+            payment = await self.look_refunds(payment, "look for an old refund", strict=False)
+            if not any(each.key == refund.key and each.status == "requested" for each in payment.progress.refunds):
+                return payment
         named = hashlib.sha256(refund.key.encode()).hexdigest()[:32]
         parameters: dict[str, object] = {
             "payment_intent": payment.intent,
@@ -66,7 +77,7 @@ class Aftercare:
             except StripeRefused as refused:
                 return await self._refused(payment, refund, refused)
             except StripeStored:
-                looked = await self.look_refunds(payment, "look after a stored error")
+                looked = await self.look_refunds(payment, "look after a stored error", strict=False)
                 if looked is not payment:
                     return looked
                 continue  # nothing was made, and this key will repeat its error for ever
@@ -76,14 +87,36 @@ class Aftercare:
     async def _refused(self, payment: Payment, refund: Refund, refused: StripeRefused) -> Payment:
         """Stripe says no: over, unless an earlier try of ours made it after all."""
         views = await self._stripe.refunds(payment.intent)
-        if any(view.key == refund.key for view in views):
-            return await self._apply(payment, *map(RefundSeen, reversed(views)), event="refund found")
-        return await self._apply(payment, RefundRefused(refund.key, refused.code), event="refund refused")
+        if not any(view.key == refund.key for view in views):
+            payment = await self._apply(payment, RefundRefused(refund.key, refused.code), event="refund refused")
+        return (await self._seen(payment, views, "refund found"))[0]
 
-    async def look_refunds(self, payment: Payment, reason: str) -> Payment:
-        """Apply all refunds of the intent as Stripe shows them; those made there are adopted."""
-        views = await self._stripe.refunds(payment.intent)
-        return await self._apply(payment, *map(RefundSeen, reversed(views)), event=reason) if views else payment
+    async def look_refunds(self, payment: Payment, reason: str, *, strict: bool = True) -> Payment:
+        """Apply all refunds of the intent as Stripe shows them; those made there are adopted.
+
+        One that was made at Stripe out of what a refund asked for here has taken can't be adopted before that one is over:
+        with `strict` this raises InvalidAmount, after all others have been applied.
+        """
+        payment, left = await self._seen(payment, await self._stripe.refunds(payment.intent), reason)
+        if left is not None and strict:
+            raise left
+        return payment
+
+    async def _seen(self, payment: Payment, views: Sequence[RefundView], reason: str) -> tuple[Payment, InvalidAmount | None]:
+        """All in one commit; one by one when some can't be adopted yet."""
+        if not views:
+            return payment, None
+        try:
+            return await self._apply(payment, *map(RefundSeen, reversed(views)), event=reason), None
+        except InvalidAmount:
+            left: InvalidAmount | None = None
+        for view in reversed(views):
+            try:
+                payment = await self._apply(payment, RefundSeen(view), event=reason)
+            except InvalidAmount as error:
+                _log.warning("refund not adopted", key=payment.key, refund=view.id, error=str(error))
+                left = error
+        return payment, left
 
     async def look_disputes(self, payment: Payment, reason: str) -> Payment:
         """Apply all disputes of the intent as Stripe shows them."""
@@ -93,7 +126,7 @@ class Aftercare:
     async def look(self, payment: Payment, reason: str) -> Payment:
         """Look at what of a succeeded payment's refunds and disputes is still open."""
         if any(refund.open_work for refund in payment.progress.refunds):
-            payment = await self.look_refunds(payment, reason)
+            payment = await self.look_refunds(payment, reason, strict=False)
         if any(dispute.status not in DISPUTE_OVER for dispute in payment.progress.disputes):
             payment = await self.look_disputes(payment, reason)
         return payment

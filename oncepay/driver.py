@@ -23,7 +23,7 @@ from oncepay.logs import get_logger
 from oncepay.payment import Failure, IntentView, Payment, Status
 from oncepay.ports import PaymentStore, StaleView
 from oncepay.stripe_client import Declined, StripeGateway, StripeRefused, StripeStored
-from oncepay.transition import AttemptDeclined, AttemptStarted, Event, GiveUp, IntentCreated, IntentSeen
+from oncepay.transition import AttemptDeclined, AttemptStarted, Event, GiveUp, IntentCreated, IntentRefused, IntentSeen
 
 STEPS_MAX = 20
 """Steps of one drive; a payment needs at most eight, so more is a defect."""
@@ -32,6 +32,8 @@ ROUNDS_MAX = 3
 ATTEMPTS_MAX = 5
 """Attempts that an error stored by Stripe may cost before the payment is declined for it."""
 FIND_PAGES_MAX = 20
+KEY_SURE_S = 3600
+"""Stripe forgets idempotency keys after a day: a confirm that may be older than this is looked for before it is sent."""
 
 Step = Callable[[Payment], Awaitable[Payment]]
 
@@ -220,7 +222,11 @@ class Driver:
 
     async def _create(self, payment: Payment) -> Payment:
         """Create the intent and commit its id, with the first attempt where the body brought a payment method."""
-        view = await self._created(payment)
+        try:
+            view = await self._created(payment)
+        except StripeRefused as refused:
+            failure = Failure(code=refused.code, message=str(refused))
+            return await self._apply(payment, IntentRefused(failure), event="creation refused")
         events: list[Event] = [IntentCreated(view.id, view.client_secret)]
         if payment.terms.payment_method:
             events.append(AttemptStarted(1, payment.terms.payment_method))
@@ -281,6 +287,10 @@ class Driver:
 
     async def _confirm(self, payment: Payment) -> Payment:
         """Confirm the attempt that the row names, and commit the outcome."""
+        if time.time() - payment.updated_at_ms / 1000 > KEY_SURE_S:
+            looked = await self._look(payment, "look at an old attempt")
+            if looked is not payment:
+                return looked
         number = payment.progress.attempt
         for round_ in range(ROUNDS_MAX):
             try:

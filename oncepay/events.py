@@ -28,6 +28,12 @@ class IntentCreated(msgspec.Struct, frozen=True, tag=True):
     client_secret: str
 
 
+class IntentRefused(msgspec.Struct, frozen=True, tag=True):
+    """Stripe refused to make a PaymentIntent of these terms, and would again."""
+
+    failure: Failure
+
+
 class AttemptStarted(msgspec.Struct, frozen=True, tag=True):
     """Attempt `number` is about to be confirmed with `payment_method`. It is committed before confirm is called."""
 
@@ -111,6 +117,7 @@ class DisputeSeen(msgspec.Struct, frozen=True, tag=True):
 
 Event = (
     IntentCreated
+    | IntentRefused
     | AttemptStarted
     | AttemptDeclined
     | IntentSeen

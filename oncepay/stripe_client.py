@@ -125,30 +125,30 @@ class StripeGateway:
         """Make a refund. Raises StripeRefused or StripeUnavailable."""
         options = {"idempotency_key": idempotency_key, "stripe_version": api_version}
         body = await self._call("refund", "post", "/v1/refunds", {**parameters, "expand": EXPAND_REFUND}, options)
-        return msgspec.json.decode(body, type=RefundObject).view()
+        return _decoded(body, RefundObject).view()
 
     async def refunds(self, intent: str) -> list[RefundView]:
         """All refunds of an intent, newest first, with their balance transactions (at most PAGE_MAX)."""
         expand = [f"data.{name}" for name in EXPAND_REFUND]
         query = {"payment_intent": intent, "limit": PAGE_MAX, "expand": expand}
         body = await self._call("list", "get", "/v1/refunds", query, {})
-        return [item.view() for item in msgspec.json.decode(body, type=RefundList).data]
+        return [item.view() for item in _decoded(body, RefundList).data]
 
     async def disputes(self, intent: str) -> list[DisputeView]:
         """All disputes of an intent, newest first."""
         body = await self._call("list", "get", "/v1/disputes", {"payment_intent": intent, "limit": PAGE_MAX}, {})
-        return [item.view() for item in msgspec.json.decode(body, type=DisputeList).data]
+        return [item.view() for item in _decoded(body, DisputeList).data]
 
     async def dispute_evidence(self, dispute: str, evidence: Mapping[str, str], *, submit: bool) -> DisputeView:
         """Put evidence to a dispute; with `submit` it is handed in for good. Raises StripeRefused."""
         parameters = {"evidence": dict(evidence), "submit": submit}
         body = await self._call("dispute", "post", f"/v1/disputes/{dispute}", parameters, {})
-        return msgspec.json.decode(body, type=DisputeObject).view()
+        return _decoded(body, DisputeObject).view()
 
     async def retrieve(self, intent: str) -> IntentView:
         """The PaymentIntent as it is now, with its latest charge and that one's balance transaction."""
         body = await self._call("retrieve", "get", f"/v1/payment_intents/{intent}", {"expand": EXPAND}, {})
-        return msgspec.json.decode(body, type=IntentObject).view()
+        return _decoded(body, IntentObject).view()
 
     async def intents(self, *, created_gte: int, created_lte: int | None = None, starting_after: str = "") -> IntentList:
         """One page (at most 100, newest first) of PaymentIntents created in the given span (seconds since 1970)."""
@@ -156,20 +156,20 @@ class StripeGateway:
         query: dict[str, object] = {"limit": PAGE_MAX, "created": created, "expand": [f"data.{EXPAND[0]}"]}
         if starting_after:
             query["starting_after"] = starting_after
-        return msgspec.json.decode(await self._call("list", "get", "/v1/payment_intents", query, {}), type=IntentList)
+        return _decoded(await self._call("list", "get", "/v1/payment_intents", query, {}), IntentList)
 
     async def events(self, *, created_gte: int, starting_after: str = "", ending_before: str = "") -> EventList:
         """One page (at most 100, newest first) of the account's events."""
         query: dict[str, object] = {"limit": PAGE_MAX, "created": {"gte": created_gte}}
         query |= {"starting_after": starting_after} if starting_after else {}
         query |= {"ending_before": ending_before} if ending_before else {}
-        return msgspec.json.decode(await self._call("list", "get", "/v1/events", query, {}), type=EventList)
+        return _decoded(await self._call("list", "get", "/v1/events", query, {}), EventList)
 
     async def _post(
         self, call: str, path: str, parameters: Mapping[str, object], idempotency_key: str, api_version: str
     ) -> IntentObject:
         options = {"idempotency_key": idempotency_key, "stripe_version": api_version}
-        return msgspec.json.decode(await self._call(call, "post", path, parameters, options), type=IntentObject)
+        return _decoded(await self._call(call, "post", path, parameters, options), IntentObject)
 
     async def _call(self, call: str, method: str, path: str, parameters: Mapping[str, object], options: Mapping[str, str]) -> str:
         assert self._client is not None, "open the gateway first"
@@ -191,23 +191,36 @@ class StripeGateway:
 
     @staticmethod
     def _error(error: stripe.StripeError) -> OncepayError:
-        """Map the library's error classes to ours. A 429, a 5xx and no answer at all leave the outcome unknown."""
-        body = error.http_body if isinstance(error.http_body, str) else ""
-        unknown = isinstance(error, stripe.APIConnectionError | stripe.RateLimitError) or (error.http_status or 500) >= 500
-        if unknown or error.http_status == 409:
-            replayed = str((error.headers or {}).get("Idempotent-Replayed", "")).lower() == "true"
-            return StripeStored(str(error)) if replayed else StripeUnavailable(str(error))
+        """Map the library's error classes to ours.
+
+        Only Stripe's own 400, 402 and 404 say no to the request. All else leaves the outcome unknown, or says nothing of the
+        payment: no answer, a 409, 429 or 5xx, a key that may not (401, 403), an answer that somebody in between has made.
+        """
         try:
-            answer = msgspec.json.decode(body, type=ErrorAnswer).error
+            answer = msgspec.json.decode(error.http_body if isinstance(error.http_body, str) else "", type=ErrorAnswer).error
         except msgspec.DecodeError:
-            answer = ErrorObject(type=type(error).__name__, message=str(error))
-        if isinstance(error, stripe.CardError):
+            answer = None
+        if answer is not None and isinstance(error, stripe.CardError):
             failure, charge = failure_of(answer)
             return Declined(failure, charge, answer.payment_intent.view() if answer.payment_intent else None)
-        return StripeRefused(answer)
+        if answer is not None and isinstance(error, stripe.InvalidRequestError):
+            return StripeRefused(answer)
+        replayed = str((error.headers or {}).get("Idempotent-Replayed", "")).lower() == "true"
+        if replayed or isinstance(error, stripe.IdempotencyError):  # other parameters: those of another version of this code
+            return StripeStored(str(error))
+        return StripeUnavailable(str(error))
+
+
+def _decoded(body: str, kind: type[T]) -> T:
+    """An answer's body. What can't be read leaves the outcome unknown, like no answer."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise StripeUnavailable(f"an answer that can't be read as {kind.__name__}: {error}") from error
 
 
 class StripeStored(StripeUnavailable):
-    """Stripe has stored an error as the answer to this idempotency key and will repeat it; only a look can tell."""
+    """The answer to this idempotency key is an error, and will be again: an error that Stripe has stored, or other parameters
+    that the key was used with. Only a look can tell what it did."""
 
     slug = "stripe-stored-error"

@@ -27,6 +27,7 @@ from oncepay.events import (
     Event,
     GiveUp,
     IntentCreated,
+    IntentRefused,
     IntentSeen,
     Moved,
     RefundRefused,
@@ -62,6 +63,13 @@ def _intent_created(payment: Payment, event: IntentCreated) -> Moved:
         return Moved(payment)
     progress = replace(payment.progress, client_secret=event.client_secret)
     return Moved(replace(payment, status=Status.ATTEMPTED, intent=event.intent, progress=progress))
+
+
+def _intent_refused(payment: Payment, event: IntentRefused) -> Moved:
+    """Over, with nothing at Stripe that could ever be confirmed: no row names an intent."""
+    if payment.status is not Status.CREATED:
+        return Moved(payment)
+    return Moved(replace(payment, status=Status.FAILED, progress=replace(payment.progress, failure=event.failure)))
 
 
 def _attempt_started(payment: Payment, event: AttemptStarted) -> Moved:
@@ -229,6 +237,7 @@ def _with_fee(moved: Moved, charge: Charge) -> Moved:
 
 _HANDLERS: dict[type, Callable[[Payment, Any], Moved]] = {
     IntentCreated: _intent_created,
+    IntentRefused: _intent_refused,
     AttemptStarted: _attempt_started,
     AttemptDeclined: _attempt_declined,
     IntentSeen: _intent_seen,
@@ -256,6 +265,7 @@ __all__ = [
     "Event",
     "GiveUp",
     "IntentCreated",
+    "IntentRefused",
     "IntentSeen",
     "Moved",
     "RefundRefused",

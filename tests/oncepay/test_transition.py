@@ -20,6 +20,7 @@ from oncepay.transition import (
     Event,
     GiveUp,
     IntentCreated,
+    IntentRefused,
     IntentSeen,
     SuccessorNamed,
     move,
@@ -61,6 +62,7 @@ def seen(status: str, charge: Charge | None = None, **more: object) -> IntentSee
 
 EVENTS: list[Event] = [
     IntentCreated("pi_1", "secret"),
+    IntentRefused(FAILURE),
     AttemptStarted(1, "pm_a"),
     AttemptStarted(2, "pm_b"),
     AttemptDeclined(1, "ch_1", FAILURE),

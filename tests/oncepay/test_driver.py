@@ -1,0 +1,179 @@
+"""The driver against the stand-in for Stripe, whatever was left behind and however Stripe answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import aiohttp
+import pytest
+import stripe
+from msgspec.structs import replace
+
+from oncepay.cart import Item, Share
+from oncepay.driver import Driver, step_key
+from oncepay.payment import Key, Payment, Status, Terms
+from oncepay.settings import StripeSettings
+from oncepay.stripe_client import StripeGateway
+from oncepay.transition import AttemptStarted, Event, IntentCreated, RefundRequested, move
+from tests.sandbox.process import KEY, StandIn, stripe_client
+
+DECLINED = "pm_card_visa_chargeDeclined"
+NEEDS_3DS = "pm_card_authenticationRequired"
+DAY_MS = 86_400_000
+
+
+class Rows:
+    """A store of one row in memory, which moves as the real one does."""
+
+    def __init__(self, payment: Payment) -> None:
+        self.row = payment
+        self.entries: list[str] = []
+
+    async def get(self, key: str) -> Payment | None:
+        return self.row
+
+    async def apply(self, payment: Payment, *events: Event, event: str) -> Payment:
+        after = self.row
+        for item in events:
+            moved = move(after, item)
+            after = moved.payment
+            self.entries += [entry.entry_id for entry in moved.entries]
+        if after is self.row:
+            return payment if payment.version == self.row.version else self.row
+        self.row = replace(after, updated_at_ms=time.time_ns() // 1_000_000)
+        return self.row
+
+
+@pytest.fixture(scope="module")
+def stand_in() -> Iterator[StandIn]:
+    started = StandIn("stripe").start()
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+async def gateway(stand_in: StandIn) -> AsyncIterator[StripeGateway]:
+    stand_in.faults()
+    async with StripeGateway(StripeSettings(base_url=stand_in.url, api_key=KEY)) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(stand_in: StandIn) -> AsyncIterator[stripe.StripeClient]:
+    """Somebody else with the account's key: the Dashboard."""
+    async with stripe_client(stand_in.url) as made:
+        yield made
+
+
+def payment(key: str, **terms: object) -> Payment:
+    now_ms = time.time_ns() // 1_000_000
+    made = Terms(
+        items=(Item("ada", 1000),), shares=(Share("ada", 1000, 100),), api_version=StripeSettings().api_version, **terms  # type: ignore[arg-type]
+    )  # fmt: skip
+    return Payment(Key(key), Status.CREATED, 1, "b", "usd", 1000, made, b"f", now_ms, now_ms, now_ms + DAY_MS)
+
+
+async def confirming(gateway: StripeGateway, rows: Rows, method: str) -> Payment:
+    """A row whose first attempt is committed; nobody has called confirm."""
+    view = await gateway.create({"amount": 1000, "currency": "usd", "metadata": {"oncepay_key": rows.row.key}},
+                                step_key(rows.row.key, "create"), rows.row.terms.api_version)  # fmt: skip
+    return await rows.apply(rows.row, IntentCreated(view.id, view.client_secret), AttemptStarted(1, method), event="test")
+
+
+async def test_what_stripe_refuses_to_create_has_failed(gateway: StripeGateway) -> None:
+    rows = Rows(payment("refused", customer="cus_nobody", payment_method="pm_card_visa"))
+    after = await Driver(rows, gateway).drive(rows.row)
+    assert after.status is Status.FAILED
+    assert after.progress.failure is not None
+    assert (after.progress.failure.code, after.intent) == ("resource_missing", "")
+
+
+async def test_a_decline_without_a_charge_after_one_with_a_charge(gateway: StripeGateway) -> None:
+    """Off session a card that wants authentication is declined without a charge of its own."""
+    rows = Rows(payment("no-charge", payment_method=DECLINED, on_decline="retry", off_session=True))
+    driver = Driver(rows, gateway)
+    after = await driver.drive(rows.row)
+    assert (after.status, len(after.progress.finished_charges)) == (Status.REQUIRES_PAYMENT_METHOD, 1)
+    started = await rows.apply(after, AttemptStarted(2, NEEDS_3DS), event="test")
+    after = await driver.drive(started)
+    assert after.status is Status.REQUIRES_PAYMENT_METHOD
+    assert after.progress.failure is not None
+    assert after.progress.failure.code == "authentication_required"
+
+
+async def test_a_buyer_who_fails_to_authenticate_may_try_another_card(gateway: StripeGateway, stand_in: StandIn) -> None:
+    rows = Rows(payment("no-3ds", payment_method=DECLINED, on_decline="retry"))
+    driver = Driver(rows, gateway)
+    started = await rows.apply(await driver.drive(rows.row), AttemptStarted(2, NEEDS_3DS), event="test")
+    waiting = await driver.drive(started)
+    assert waiting.status is Status.REQUIRES_ACTION
+    async with aiohttp.ClientSession() as http:
+        async with http.post(waiting.progress.next_action_url, data={"outcome": "fail"}, allow_redirects=False) as answer:
+            assert answer.status < 400
+    looked = await driver.look(rows.row.key, "test")
+    assert looked is not None
+    assert looked.status is Status.REQUIRES_PAYMENT_METHOD
+    paid = await driver.drive(await rows.apply(looked, AttemptStarted(3, "pm_card_visa"), event="test"))
+    assert paid.status is Status.SUCCEEDED
+
+
+async def test_an_attempt_whose_key_stripe_has_forgotten_is_looked_for(
+    gateway: StripeGateway, client: stripe.StripeClient
+) -> None:
+    """A confirm under a key that is gone would be a second try at the buyer's card."""
+    rows = Rows(payment("forgotten", on_decline="retry"))
+    row = await confirming(gateway, rows, DECLINED)
+    with pytest.raises(stripe.CardError):
+        await client.v1.payment_intents.confirm_async(row.intent, {"payment_method": DECLINED})
+    rows.row = replace(row, updated_at_ms=row.updated_at_ms - 2 * DAY_MS)
+    after = await Driver(rows, gateway).drive(rows.row)
+    assert after.status is Status.REQUIRES_PAYMENT_METHOD
+    charges = await client.v1.charges.list_async({"payment_intent": row.intent})
+    assert len(charges.data) == 1
+
+
+async def test_other_parameters_under_the_same_key_are_no_decline(gateway: StripeGateway, client: stripe.StripeClient) -> None:
+    """Another version of this code sent the confirm with other parameters, and its answer was lost."""
+    rows = Rows(payment("other-parameters", payment_method="pm_card_visa", on_decline="fail"))
+    row = await confirming(gateway, rows, "pm_card_visa")
+    await client.v1.payment_intents.confirm_async(
+        row.intent,
+        {"payment_method": "pm_card_visa", "return_url": "https://shop.example"},
+        {"idempotency_key": step_key(row.key, "confirm:1")},
+    )
+    after = await Driver(rows, gateway).drive(row)
+    assert after.status is Status.SUCCEEDED
+    assert after.progress.attempt == 1
+
+
+async def succeeded(gateway: StripeGateway, key: str) -> tuple[Rows, Driver]:
+    rows = Rows(payment(key, payment_method="pm_card_visa"))
+    driver = Driver(rows, gateway)
+    assert (await driver.drive(rows.row)).status is Status.SUCCEEDED
+    return rows, driver
+
+
+async def test_a_refund_that_the_dashboard_came_before(gateway: StripeGateway, client: stripe.StripeClient) -> None:
+    """The whole was refunded at Stripe while a refund that was asked for here had not been sent: its router had died."""
+    rows, driver = await succeeded(gateway, "came-before")
+    asked = RefundRequested("r1", (Share("ada", 600, 60),), "", rows.row.created_at_ms)
+    await rows.apply(rows.row, asked, event="test")
+    made = await client.v1.refunds.create_async({"payment_intent": rows.row.intent})
+    after = await driver.drive_on(rows.row.key)
+    assert after is not None
+    assert {r.key: r.status for r in after.progress.refunds} == {"r1": "failed", f"stripe:{made.id}": "succeeded"}
+    assert after.amount_refunded == 1000
+
+
+async def test_a_refund_whose_key_stripe_has_forgotten_is_looked_for(gateway: StripeGateway, client: stripe.StripeClient) -> None:
+    """It was made, its answer was lost, and no one drove it on for two days: a second one must not be made."""
+    rows, driver = await succeeded(gateway, "forgotten-refund")
+    asked = RefundRequested("r1", (Share("ada", 300, 30),), "", rows.row.created_at_ms - 2 * DAY_MS)
+    row = await rows.apply(rows.row, asked, event="test")
+    await client.v1.refunds.create_async(
+        {"payment_intent": row.intent, "amount": 300, "metadata": {"oncepay_key": row.key, "oncepay_refund": "r1"}}
+    )
+    after = await driver.drive(row)
+    assert [(r.key, r.status) for r in after.progress.refunds] == [("r1", "succeeded")]
+    assert len((await client.v1.refunds.list_async({"payment_intent": row.intent})).data) == 1
