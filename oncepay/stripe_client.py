@@ -13,12 +13,15 @@ import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 import stripe
 from prometheus_client import Counter, Histogram
 
+from oncepay.breaker import Breaker
+from oncepay.budget import Budget
 from oncepay.errors import OncepayError, StripeUnavailable
 from oncepay.payment import DisputeView, Failure, IntentView, RefundView
 from oncepay.settings import StripeSettings
@@ -37,6 +40,10 @@ from oncepay.stripe_objects import (
 
 CONCURRENCY_MAX = 128
 RETRIES_MAX = 2
+DEADLINE_S = 60.0
+"""A call with all its retries; past it the outcome is unknown."""
+FAILURES_MAX = 10
+"""Calls in a row without a usable answer after which the others are held back."""
 PAGE_MAX = 100
 EXPAND = ["latest_charge.balance_transaction"]
 EXPAND_REFUND = ["balance_transaction", "failure_balance_transaction"]
@@ -72,11 +79,27 @@ class StripeRefused(OncepayError):
         self.view = error.payment_intent.view() if error.payment_intent else None
 
 
+class _Paced(stripe.AIOHTTPClient):
+    """The library's client, whose every request (retries too) takes its turn in the rate budget first."""
+
+    def __init__(self, budget: Budget, timeout: aiohttp.ClientTimeout, session: aiohttp.ClientSession) -> None:
+        super().__init__(timeout=timeout, session=session)
+        self._budget = budget
+
+    async def request_async(
+        self, method: str, url: str, headers: Mapping[str, str], post_data: object = None
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        await self._budget.take(method, urlsplit(url).path)
+        return await super().request_async(method, url, headers, post_data)
+
+
 class StripeGateway:
     """Calls to one Stripe account. Open it in a running loop: `async with StripeGateway(settings) as gateway: ...`."""
 
-    def __init__(self, settings: StripeSettings) -> None:
+    def __init__(self, settings: StripeSettings, budget: Budget | None = None) -> None:
         self._settings = settings
+        self._budget = budget
+        self._breaker = Breaker(failures_max=FAILURES_MAX)
         self._slots = asyncio.Semaphore(CONCURRENCY_MAX)
         self._client: stripe.StripeClient | None = None
         self._http: stripe.AIOHTTPClient | None = None
@@ -88,7 +111,10 @@ class StripeGateway:
         connector = aiohttp.TCPConnector(limit=CONCURRENCY_MAX, ssl=context, keepalive_timeout=30)
         self._session = aiohttp.ClientSession(connector=connector)
         timeout = aiohttp.ClientTimeout(total=self._settings.timeout_s)
-        self._http = stripe.AIOHTTPClient(timeout=timeout, session=self._session)
+        if self._budget is None:
+            self._http = stripe.AIOHTTPClient(timeout=timeout, session=self._session)
+        else:
+            self._http = _Paced(self._budget, timeout, self._session)
         self._client = stripe.StripeClient(
             self._settings.api_key,
             stripe_version=self._settings.api_version,
@@ -172,20 +198,44 @@ class StripeGateway:
         return _decoded(await self._call(call, "post", path, parameters, options), IntentObject)
 
     async def _call(self, call: str, method: str, path: str, parameters: Mapping[str, object], options: Mapping[str, str]) -> str:
-        assert self._client is not None, "open the gateway first"
         async with self._slots:
-            started_s = time.monotonic()
+            if not self._breaker.allowance(1):
+                CALLS.labels(call, "held_back").inc()
+                raise StripeUnavailable("Stripe gave no usable answers; it is asked again in a moment")
+            self._breaker.probing()
             try:
-                answer = await self._client.raw_request_async(method, path, **{**parameters, **options})
-            except stripe.StripeError as error:
-                failure = self._error(error)
-                CALLS.labels(call, failure.slug).inc()
-                raise failure from error
-            except (aiohttp.ClientError, TimeoutError) as error:  # the body broke off after the headers
-                CALLS.labels(call, StripeUnavailable.slug).inc()
-                raise StripeUnavailable(f"{path}: {error!r}") from error
-            finally:
-                SECONDS.labels(call).observe(time.monotonic() - started_s)
+                body = await self._asked(call, method, path, {**parameters, **options})
+            except StripeStored:
+                self._breaker.success()  # Stripe answers; it is this one request that has gone wrong for good
+                raise
+            except StripeUnavailable:
+                self._breaker.failure()
+                raise
+            except OncepayError:
+                self._breaker.success()
+                raise
+            except BaseException:
+                self._breaker.unanswered()
+                raise
+            self._breaker.success()
+            return body
+
+    async def _asked(self, call: str, method: str, path: str, parameters: Mapping[str, object]) -> str:
+        """One call with the library's retries, within DEADLINE_S."""
+        assert self._client is not None, "open the gateway first"
+        started_s = time.monotonic()
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                answer = await self._client.raw_request_async(method, path, **parameters)
+        except stripe.StripeError as error:
+            failure = self._error(error)
+            CALLS.labels(call, failure.slug).inc()
+            raise failure from error
+        except (aiohttp.ClientError, TimeoutError) as error:  # the body broke off after the headers, or the deadline is over
+            CALLS.labels(call, StripeUnavailable.slug).inc()
+            raise StripeUnavailable(f"{path}: {error!r}") from error
+        finally:
+            SECONDS.labels(call).observe(time.monotonic() - started_s)
         CALLS.labels(call, "ok").inc()
         return str(answer.body)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from oncepay.budget import Budget
 from oncepay.driver import Driver
 from oncepay.errors import EtcdUnavailable, ShardUnavailable
 from oncepay.service import Service, run
@@ -28,7 +29,8 @@ async def start(service: Service) -> AsyncIterator[None]:
     store = Shards(service.etcd, settings, role="oncepay_router", password=settings.postgres.router_password, actor=service.name)
     macs = Macs(service.etcd)
     in_flight = InFlight(store)
-    async with StripeGateway(settings.stripe) as stripe:
+    budget = Budget(service.etcd, settings.stripe, name=service.name, role="router")
+    async with StripeGateway(settings.stripe, budget) as stripe:
         driver = Driver(store, stripe, in_flight.moved)
         payments = PaymentCalls(settings, store, driver, in_flight, macs)
         commands = Commands(settings, store, driver, in_flight, macs)
@@ -56,9 +58,11 @@ async def start(service: Service) -> AsyncIterator[None]:
         service.check("store", store_ready)
         service.spawn(_watch(store), "watch")
         macs.start()
+        budget.start()
         yield
         await in_flight.stop(STOP_S)
         await store.stop()
+        await budget.stop()
         await macs.stop()
 
 

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import aiohttp
 from aiohttp import web
 
+from oncepay.budget import Budget
 from oncepay.errors import Unauthorized, Unavailable
 from oncepay.service import Service, json_response, run
 from oncepay.stripe_client import StripeGateway
@@ -26,7 +27,10 @@ async def start(service: Service) -> AsyncIterator[None]:
     settings, shard = service.settings, service.args.shard
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
-        stripe = await stack.enter_async_context(StripeGateway(settings.stripe))
+        budget = Budget(service.etcd, settings.stripe, name=service.name, role="worker")
+        budget.start()
+        stack.push_async_callback(budget.stop)
+        stripe = await stack.enter_async_context(StripeGateway(settings.stripe, budget))
         shards = Shards(service.etcd, settings, role=ROLE, password=settings.postgres.worker_password, actor=service.name)
         stack.push_async_callback(shards.stop)
         seat = Seat(service.etcd, shard, service.name)

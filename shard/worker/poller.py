@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from oncepay.breaker import Breaker
 from oncepay.errors import OncepayError, StripeUnavailable
 from oncepay.keys import slot
 from oncepay.logs import get_logger
@@ -18,7 +19,6 @@ from oncepay.payment import IntentView, Payment, Status
 from oncepay.stripe_client import StripeStored
 from shard.store.batch import EpochOver
 from shard.worker import metrics
-from shard.worker.breaker import Breaker
 from shard.worker.bulk import Bulk
 from shard.worker.cache import Pending, PendingCache
 from shard.worker.errors import StandDown

@@ -15,7 +15,7 @@ from oncepay.payment import Charge, IntentView, Key, Payment, Status
 from oncepay.settings import PollSettings
 from oncepay.stripe_objects import EventData, EventList, EventObject, IntentList, IntentObject
 from shard.store.batch import EpochOver
-from shard.worker.breaker import Breaker
+from oncepay.breaker import Breaker
 from shard.worker.bulk import Bulk, decide
 from shard.worker.cache import Pending, PendingCache
 from shard.worker.errors import StandDown
