@@ -18,6 +18,7 @@ from oncepay.etcd import Etcd
 from oncepay.payment import Charge, IntentView, Payment, Status
 from oncepay.ports import StaleView
 from oncepay.transition import AttemptStarted, GiveUp, IntentCreated, IntentSeen
+from shard.store.batch import RowUnreadable
 from shard.store.store import Shards
 from tests.shard.store.conftest import MakePayment
 
@@ -187,3 +188,15 @@ async def test_nothing_is_answered_that_no_standby_has(
         assert not done
     answers = await asyncio.wait_for(asyncio.gather(*calls), 20)
     assert {row.key if isinstance(row, Payment) else row[0].key for row in answers if row} == {payment.key, known.key}
+
+
+async def test_a_row_that_can_not_be_read_fails_alone(store: Shards, leader: asyncpg.Connection, make: MakePayment) -> None:
+    """One that a later version wrote: its neighbours are answered, and the writers live on."""
+    rows = [(await store.accept(make()))[0] for _ in range(9)]
+    await leader.execute(
+        "update oncepay.payments set terms = '{\"items\": 1}', version = version + 1 where key = $1", rows[4].key
+    )
+    for _ in range(3):  # more often than there are writers
+        answers = await asyncio.wait_for(asyncio.gather(*(store.get(row.key) for row in rows), return_exceptions=True), 10)
+        assert isinstance(answers[4], RowUnreadable)
+        assert [answer for i, answer in enumerate(answers) if i != 4] == [row for i, row in enumerate(rows) if i != 4]
