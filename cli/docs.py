@@ -26,7 +26,9 @@ SERVICES = ("router", "keygen", "shard/store", "shard/worker", "aggregator", "on
 ANSWERING = ("oncepay.service", "oncepay.etcd.errors", "oncepay.transition", "router.app", "keygen.service", "aggregator.main")
 """Modules that bring all errors which an API may answer."""
 ANSWERED = ("oncepay.", "router.", "keygen.", "aggregator.", "shard.store.")
-NOT_ANSWERED = frozenset({"settings", "client-gone", "declined", "stripe-refused", "etcd-refused", "epoch-over"})
+NOT_ANSWERED = frozenset(
+    {"settings", "client-gone", "declined", "epoch-over", "etcd-refused", "etcd-lease-not-found", "etcd-outcome-unknown"}
+)
 """Never an answer to a client: what ends a process or a connection, or is turned into the payment's failure."""
 
 _PART = re.compile(r"(<!-- generated: (?P<name>[a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -48,7 +50,11 @@ def problems() -> Iterator[str]:
     yield "| --- | --- | --- | --- |"
     for slug, error in known.items():
         retry = f"{error.retry_after_s} s" if error.retry_after_s else ""
-        yield f"| {error.status} | `{slug}` | {error().title} | {retry} |"
+        yield f"| {error.status} | `{slug}` | {_title(error)} | {retry} |"
+
+
+def _title(error: type[OncepayError]) -> str:
+    return (error.__doc__ or "").strip().splitlines()[0].rstrip(".")
 
 
 def _family(error: type[OncepayError]) -> set[type[OncepayError]]:
