@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
     from loadtest.replay import Tally
 
-BAR_WIDTH = 28
+TABLE_WIDTH = 64
+"""Columns of the sellers' table before its bars."""
+BAR_WIDTH_MAX = 40
+SHOWN = ("payments", "entries", "derived_entries", "confirmed_intents", "balance_transactions", "orphans")
+"""What verify counted, as far as the summary shows it."""
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
@@ -22,7 +26,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
     payments, tally = result["payments"], result["tally"]
     console.rule("Oncepay demo")
     console.print(_payments(payments), _money(result, tally), sep="\n")
-    console.print(_sellers(result["sellers"]["sellers"]))
+    width = max(4, min(BAR_WIDTH_MAX, console.width - TABLE_WIDTH))
+    console.print(_sellers(result["sellers"]["sellers"], width))
     _story(console, result, tally)
     _verdict(console, result["verify"])
 
@@ -62,7 +67,7 @@ def _totals(totals: dict[str, Any]) -> dict[str, int]:
     return {name: int(row.get(name, 0)) for name in ("money_in", "platform_fees", "stripe_fees")}
 
 
-def _sellers(rows: list[dict[str, Any]]) -> Table:
+def _sellers(rows: list[dict[str, Any]], width: int) -> Table:
     table = Table(title="Top sellers", title_justify="left", box=None, header_style="dim")
     table.add_column("seller")
     for name in ("payments", "gross", "fees", "net"):
@@ -70,7 +75,7 @@ def _sellers(rows: list[dict[str, Any]]) -> Table:
     table.add_column("")
     most = max((row["gross"] for row in rows), default=1) or 1
     for row in rows:
-        bar = "█" * max(1, round(BAR_WIDTH * row["gross"] / most))
+        bar = "█" * max(1, round(width * row["gross"] / most))
         money = [format_minor(row[name], row["currency"]) for name in ("gross", "fees", "net")]
         table.add_row(row["seller"], f"{row['payments']:,}", *money, f"[cyan]{bar}[/cyan]")
     return table
@@ -97,7 +102,7 @@ def _story(console: Console, result: dict[str, Any], tally: Tally) -> None:
 
 
 def _verdict(console: Console, verdict: dict[str, Any]) -> None:
-    checked = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in verdict["checked"].items())
+    checked = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name in SHOWN if (count := verdict["checked"].get(name)))
     if verdict["ok"]:
         console.print(f"[bold green]✓ verified[/bold green]: {checked}; {verdict['open']} open, no difference")
         return

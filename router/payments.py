@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from aiohttp import web
+from msgspec.structs import replace
 from prometheus_client import Counter
 
 from oncepay.driver import Driver
-from oncepay.errors import InvalidKey, KeyReused, NotFound, OncepayError, PredecessorNotOver
+from oncepay.errors import EtcdUnavailable, InvalidKey, KeyReused, NotFound, OncepayError, PredecessorNotOver
 from oncepay.events import SuccessorNamed
-from oncepay.keys import Origin, origin, parse_key
-from oncepay.payment import Key, Payment
+from oncepay.keys import Origin, check_characters, origin, parse_key
+from oncepay.payment import Key, Payment, Progress, Status
 from oncepay.service import json_response
 from oncepay.settings import Settings
 from oncepay.web import decode
 from router.bodies import PaymentBody, changed_field, fingerprint_of, new_payment
 from router.inflight import InFlight
 from router.macs import Macs
-from router.prefer import location, wait_s
+from router.prefer import key_in_path, location, wait_s
 from router.views import payment_view
 from shard.store.store import Shards
 
@@ -43,11 +44,16 @@ class PaymentCalls:
         self._in_flight.check_room()
         if source == "unproven":
             found = await self._store.get(key)
+            if found is None and not self._macs.known:
+                raise EtcdUnavailable("whether this key was issued here can't be told yet")
             if found is None:
                 raise InvalidKey("this key was not issued here", field=KEY_HEADER)
             return await self._replay(request, found, body)
         if body.after:
-            await self._name_successor(body.after, key)
+            found = await self._store.get(key)  # a replay names nobody, least of all one with other fields
+            if found is not None:
+                return await self._replay(request, found, body)
+            await self._name_successor(body.after, payment)
         row, created = await self._store.accept(payment)
         if not created:
             return await self._replay(request, row, body)
@@ -71,7 +77,7 @@ class PaymentCalls:
         if row.fingerprint != fingerprint_of(body):
             ACCEPTED.labels("key_reused").inc()
             field = changed_field(row, body)
-            raise KeyReused(f"{row.key} names a payment of {row.amount} {row.currency} with another {field}", field=field)
+            raise KeyReused(f"{row.key} names a payment of {row.amount} {row.currency} that differs in {field}", field=field)
         ACCEPTED.labels("replayed").inc()
         return await self._answer(request, row, created=False)
 
@@ -83,17 +89,37 @@ class PaymentCalls:
             return json_response(payment_view(row), 202, headers)
         return json_response(payment_view(row), 201 if created else 200, headers)
 
-    async def _name_successor(self, after: str, key: Key) -> None:
-        """Committed before the new row: a payment that failed has one successor at most."""
-        before = await self._store.get(after)
-        if before is None:
-            raise PredecessorNotOver(f"there is no payment {after}", field="after")
-        await self._store.apply(before, SuccessorNamed(key), event="successor named")
+    async def _name_successor(self, after: str, payment: Payment) -> None:
+        """Committed before the new row: a payment that failed has one successor at most.
+
+        A key that no payment has yet becomes a tombstone: the request that was to bring it may still be on its way.
+        """
+        if after == payment.key:
+            raise PredecessorNotOver("a payment can't come after itself", field="after")
+        try:
+            before = await self._store.get(check_characters(after))
+            if before is None:
+                before, made = await self._store.accept(self._tombstone(Key(after), payment))
+                if made:
+                    return
+        except InvalidKey as error:
+            error.field = "after"
+            raise
+        await self._store.apply(before, SuccessorNamed(payment.key), event="successor named")
+
+    def _tombstone(self, key: Key, payment: Payment) -> Payment:
+        source = origin(key, self._macs.secrets())
+        if source == "unproven" or (source == "client" and not self._settings.client_keys):
+            raise PredecessorNotOver(f"there is no payment {key}", field="after")  # and there can't be one
+        terms = replace(payment.terms, after="", payment_method="")
+        progress = Progress(give_up="requested", successor=payment.key)
+        return replace(payment, key=key, status=Status.CANCELED, terms=terms, progress=progress)
 
     async def show(self, request: web.Request) -> web.Response:
         """GET /v1/payments/{key}: the payment with its entries, behind the barrier."""
-        found = await self._store.get_with_entries(request.match_info["key"])
+        key = key_in_path(request)
+        found = await self._store.get_with_entries(key)
         if found is None:
-            raise NotFound(f"there is no payment {request.match_info['key']}")
+            raise NotFound(f"there is no payment {key}")
         payment, entries = found
         return json_response(payment_view(payment, entries), headers={"ETag": f'"{payment.version}"'})
