@@ -63,6 +63,12 @@ def endpoint_of(method: str, path: str) -> str:
     return "list" if method == "get" and len(parts) == 2 else "other"
 
 
+class BudgetShort(StripeUnavailable):
+    """The rate budget has no room for this call; Stripe wasn't asked."""
+
+    slug = "budget-short"
+
+
 class Share:
     """Paces one endpoint: at most `rate_per_s` a second, first come first served."""
 
@@ -79,11 +85,11 @@ class Share:
         SHARE.labels(self.endpoint).set(rate_per_s)
 
     async def take(self) -> None:
-        """Return when one request may be sent. Raises StripeUnavailable when too many wait, or for too long."""
+        """Return when one request may be sent. Raises BudgetShort when too many wait, or for too long."""
         if not self._waiting and self._spend():
             return
         if len(self._waiting) >= WAITING_MAX:
-            raise StripeUnavailable(f"{WAITING_MAX} requests wait for the rate budget of {self.endpoint}")
+            raise BudgetShort(f"{WAITING_MAX} requests wait for the rate budget of {self.endpoint}")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         WAITING.labels(self.endpoint).set(len(self._waiting))
@@ -92,7 +98,7 @@ class Share:
         try:
             await asyncio.wait_for(future, WAIT_MAX_S)
         except TimeoutError:
-            raise StripeUnavailable(f"the rate budget of {self.endpoint} had no room for {WAIT_MAX_S:.0f} s") from None
+            raise BudgetShort(f"the rate budget of {self.endpoint} had no room for {WAIT_MAX_S:.0f} s") from None
 
     def _spend(self) -> bool:
         now_s = time.monotonic()
@@ -158,7 +164,7 @@ class Budget:
         await self._mirror.stop()
 
     async def take(self, method: str, path: str) -> None:
-        """Return when one request to that endpoint may be sent. Raises StripeUnavailable past its bounds."""
+        """Return when one request to that endpoint may be sent. Raises BudgetShort past its bounds."""
         await self._shares[endpoint_of(method, path)].take()
 
     def limit_per_s(self, endpoint: str) -> float:

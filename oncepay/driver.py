@@ -143,6 +143,13 @@ class Driver:
             look = self._aftercare.look_refunds if what == "refunds" else self._aftercare.look_disputes
             return await look(payment, reason)
 
+    async def key_at_stripe(self, intent: str) -> str:
+        """The key in an intent's metadata at Stripe; empty when it is none of ours. Raises StripeUnavailable."""
+        try:
+            return (await self._stripe.retrieve(intent)).key
+        except StripeRefused:
+            return ""
+
     async def see(self, payment: Payment, view: IntentView, event: str) -> Payment:
         """Apply a view of the payment's intent to a row that was read *before* Stripe was looked at.
 

@@ -21,7 +21,7 @@ import stripe
 from prometheus_client import Counter, Histogram
 
 from oncepay.breaker import Breaker
-from oncepay.budget import Budget
+from oncepay.budget import Budget, BudgetShort
 from oncepay.errors import OncepayError, StripeUnavailable
 from oncepay.payment import DisputeView, Failure, IntentView, RefundView
 from oncepay.settings import StripeSettings
@@ -207,6 +207,9 @@ class StripeGateway:
                 body = await self._asked(call, method, path, {**parameters, **options})
             except StripeStored:
                 self._breaker.success()  # Stripe answers; it is this one request that has gone wrong for good
+                raise
+            except BudgetShort:
+                self._breaker.unanswered()
                 raise
             except StripeUnavailable:
                 self._breaker.failure()

@@ -32,7 +32,7 @@ from router.bodies import (
 )
 from router.inflight import InFlight
 from router.macs import Macs
-from router.prefer import location, wait_s
+from router.prefer import key_in_path, location, wait_s
 from router.views import payment_view
 from shard.store.store import Shards
 
@@ -132,7 +132,7 @@ class Commands:
         return await self._answer(request, payment, status, replayed=replayed)
 
     async def _row(self, request: web.Request) -> Payment:
-        key = request.match_info["key"]
+        key = key_in_path(request)
         payment = await self._store.get(key)
         if payment is None:
             raise NotFound(f"there is no payment {key}")

@@ -13,6 +13,7 @@ from oncepay.payment import Dispute, Payment, Status
 from oncepay.service import json_response
 from oncepay.stripe_client import StripeGateway
 from oncepay.web import decode
+from router.prefer import key_in_path
 from router.views import dispute_view, payment_view
 from shard.store.lists import LIMIT_DEFAULT, LIMIT_MAX, Cursor, list_disputed, list_payments, parse_cursor
 from shard.store.store import Shards
@@ -65,7 +66,7 @@ class Lists:
         for name, text in body.evidence.items():
             if len(text) > EVIDENCE_CHARACTERS_MAX or not name.isidentifier():
                 raise InvalidField(f"evidence has at most {EVIDENCE_CHARACTERS_MAX} characters", field=f"evidence.{name[:40]}")
-        key, name = request.match_info["key"], request.match_info["dispute"]
+        key, name = key_in_path(request), request.match_info["dispute"]
         payment = await self._store.get(key)
         if payment is None or _dispute(payment, name) is None:
             raise NotFound(f"there is no dispute {name} of a payment {key}")

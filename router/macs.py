@@ -28,6 +28,11 @@ class Macs:
         """End the watch."""
         await self._mirror.stop()
 
+    @property
+    def known(self) -> bool:
+        """Whether etcd was read: before, no key can be refused for good."""
+        return self._mirror.synced
+
     def secrets(self) -> Mapping[int, bytes]:
         """Secrets by their number."""
         return self._secrets

@@ -1,4 +1,4 @@
-"""How long a caller waits, and where to look afterwards."""
+"""What a request says beside its body: the payment it is about, how long its caller waits; and where to look afterwards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from urllib.parse import quote
 
 from aiohttp import web
+
+from oncepay.errors import InvalidKey, NotFound
+from oncepay.keys import check_characters
 
 WAIT_DEFAULT_S = 10.0
 WAIT_MAX_S = 60.0
@@ -16,6 +19,15 @@ def wait_s(request: web.Request) -> float:
     """How long the caller's `Prefer: wait=<seconds>` lets settlement take (RFC 7240), at most WAIT_MAX_S."""
     match = _WAIT.search(request.headers.get("Prefer", ""))
     return min(float(match[1]), WAIT_MAX_S) if match else WAIT_DEFAULT_S
+
+
+def key_in_path(request: web.Request) -> str:
+    """The key of the payment that the path names. Raises NotFound for what can be no key, before a shard is asked."""
+    key = request.match_info["key"]
+    try:
+        return check_characters(key)
+    except InvalidKey:
+        raise NotFound(f"there is no payment {key[:200]!r}") from None
 
 
 def location(key: str) -> str:

@@ -113,20 +113,27 @@ class StripeWebhooks:
         if event.type in _REFUNDS or event.type in _DISPUTES:
             await self._driver.look_after(payment.key, "refunds" if event.type in _REFUNDS else "disputes", event.type)
             return "looked"
-        if not payment.open_work:
-            return "known"
         if event.type in _TERMINAL:
             view = msgspec.json.decode(event.data.object, type=IntentObject).view()
-            await self._driver.see(payment, view, event.type)
-            return "applied"
+            if view.status == "canceled" or (view.status == "succeeded" and view.charge is not None):
+                await self._driver.see(payment, view, event.type)  # also when it is over: it may contradict, and then says so
+                return "applied"
+        if not payment.open_work:
+            return "known"
         if head.object == "charge" and head.id in payment.progress.finished_charges:
             return "known"
         await self._driver.look(payment.key, event.type)
         return "looked"
 
     async def _find(self, head: ObjectHead, intent: str) -> Payment | None:
-        """By the key in the metadata; an event that brings none, by its intent, on all shards."""
+        """By the key in the metadata; an event that brings none, by its intent, on all shards, else through Stripe.
+
+        A range that is being moved is on no shard for a moment: a read by key waits for it, one by intent doesn't see it.
+        """
         key = (head.metadata or {}).get("oncepay_key", "")
-        if key:
-            return await self._store.get(key)
-        return await self._store.by_intent(intent) if intent else None
+        if not key and intent:
+            found = await self._store.by_intent(intent)
+            if found is not None:
+                return found
+            key = await self._driver.key_at_stripe(intent)
+        return await self._store.get(key) if key else None

@@ -124,9 +124,13 @@ class Shards:
         return await self._held(key, attempt)
 
     async def by_intent(self, intent: str) -> Payment | None:
-        """The row that names a PaymentIntent, on whichever shard it is."""
+        """The row that names a PaymentIntent, on whichever shard it is. Raises ShardUnavailable or OutcomeUnknown."""
         shards = self.maps.current.shards()
-        found = await asyncio.gather(*(self.batcher(shard).by_intent(intent) for shard in shards))
+        try:
+            async with asyncio.timeout(HOLD_S):
+                found = await asyncio.gather(*(self.batcher(shard).by_intent(intent) for shard in shards))
+        except TimeoutError:
+            raise ShardUnavailable(f"a shard gave no answer in {HOLD_S:.0f} s") from None
         return next((payment for payment in found if payment is not None), None)
 
     async def apply(self, payment: Payment, *events: Event, event: str) -> Payment:
