@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from oncepay.errors import InvalidAmount, InvalidField
-from oncepay.money import MAXIMUM_MINOR, allocate, exponent, format_minor, minimum_minor
+from oncepay.money import MAXIMUM_MINOR, allocate, exponent, format_minor, minimum_minor, step_minor
 
 ITEMS_MAX = 500
 QUANTITY_MAX = 100_000
@@ -72,6 +72,8 @@ def check_cart(currency: str, items: tuple[Item, ...]) -> int:
     if total > MAXIMUM_MINOR:
         raise InvalidAmount(f"the total {total} is more than {MAXIMUM_MINOR} minor units, the most that can be charged",
                             field="items")  # fmt: skip
+    if total % step_minor(currency):
+        raise InvalidAmount(f"the total {total} is no multiple of {step_minor(currency)}, as {currency} needs it", field="items")
     return total
 
 

@@ -1,6 +1,8 @@
 """Money: integers of a currency's minor unit. No float comes near it.
 
-Exponents are ISO 4217's; minimum and maximum charges are Stripe's (its "Currencies" page), in minor units.
+Exponents are ISO 4217's, except that of ISK, which is Stripe's; minimum and maximum charges are Stripe's (its "Currencies"
+page), in minor units. Where Stripe's unit is another than ISO's by a factor (MGA, UGX) the currency is left out: an amount
+that both sides read differently would be charged a hundredfold.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ import msgspec
 
 from oncepay.errors import UnknownCurrency
 
-_EXPONENT_0 = "bif clp djf gnf jpy kmf krw pyg rwf ugx vnd vuv xaf xof xpf"
+_EXPONENT_0 = "bif clp djf gnf jpy kmf krw pyg rwf vnd vuv xaf xof xpf"
 _EXPONENT_2 = (
     "aed afn all amd ang aoa ars aud awg azn bam bbd bdt bmd bnd bob brl bsd bwp byn bzd cad cdf chf cny cop crc cve czk"
     " dkk dop dzd egp etb eur fjd fkp gbp gel gip gmd gtq gyd hkd hnl htg huf idr ils inr isk jmd kes kgs khr kyd kzt lak"
-    " lbp lkr lrd lsl mad mdl mga mkd mmk mnt mop mur mvr mwk mxn myr mzn nad ngn nio nok npr nzd pab pen pgk php pkr pln"
+    " lbp lkr lrd lsl mad mdl mkd mmk mnt mop mur mvr mwk mxn myr mzn nad ngn nio nok npr nzd pab pen pgk php pkr pln"
     " qar ron rsd rub sar sbd scr sek sgd shp sle sos srd std svc szl thb tjs top try ttd twd tzs uah usd uyu uzs wst xcd"
     " yer zar zmw"
 )
-_EXPONENT_3 = "bhd iqd jod kwd lyd omr tnd"
+_EXPONENT_3 = "bhd jod kwd omr tnd"
 
 EXPONENTS: dict[str, int] = (
     dict.fromkeys(_EXPONENT_0.split(), 0) | dict.fromkeys(_EXPONENT_2.split(), 2) | dict.fromkeys(_EXPONENT_3.split(), 3)
@@ -30,6 +32,8 @@ _MINIMUM_MINOR: dict[str, int] = {
     "hkd": 400, "huf": 17500, "inr": 50, "jpy": 50, "mxn": 1000, "myr": 200, "nok": 300, "nzd": 50, "pln": 200,
     "ron": 200, "sek": 300, "sgd": 50, "thb": 1000,
 }  # fmt: skip
+
+_STEP_MINOR: dict[str, int] = dict.fromkeys(_EXPONENT_3.split(), 10) | {"isk": 100}
 
 MAXIMUM_MINOR = 99_999_999
 """Stripe takes at most eight digits (IDR, COP and a few others take more; nobody has asked for those yet)."""
@@ -49,6 +53,11 @@ def exponent(currency: str) -> int:
 def minimum_minor(currency: str) -> int:
     """The smallest amount that Stripe charges in `currency`, in minor units; 1 where Stripe names none."""
     return _MINIMUM_MINOR.get(currency, 1)
+
+
+def step_minor(currency: str) -> int:
+    """What an amount at Stripe has to be a multiple of: the last of three digits is 0, and ISK has no fractions."""
+    return _STEP_MINOR.get(currency, 1)
 
 
 class Money(msgspec.Struct, frozen=True, order=False):

@@ -112,3 +112,20 @@ def test_a_cart_that_cannot_be_charged_names_the_field(
     with pytest.raises(error) as caught:
         check_cart("usd", cart)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("currency", ["mga", "ugx"])
+def test_a_currency_that_stripe_counts_in_other_units_is_not_charged(currency: str) -> None:
+    with pytest.raises(UnknownCurrency):
+        check_cart(currency, (Item("a", 5000),))
+
+
+@pytest.mark.parametrize(("currency", "amount", "fits"), [
+    ("kwd", 5124, False), ("kwd", 5120, True), ("isk", 4010, False), ("isk", 4000, True), ("usd", 4001, True),
+])  # fmt: skip
+def test_a_total_is_a_multiple_of_what_stripe_takes(currency: str, amount: int, fits: bool) -> None:
+    if fits:
+        assert check_cart(currency, (Item("a", amount - 1), Item("b", 1))) == amount
+    else:
+        with pytest.raises(InvalidAmount):
+            check_cart(currency, (Item("a", amount - 1), Item("b", 1)))
