@@ -123,7 +123,7 @@ def seen(payment: Payment, event: RefundSeen) -> Moved:
     view = event.view
     if payment.status is not Status.SUCCEEDED:
         raise Contradiction(f"{view.id} is a refund of a payment that is {payment.status}")
-    refund = next((r for r in payment.progress.refunds if r.id == view.id or (view.key and r.key == view.key and not r.id)), None)
+    refund = next((each for each in payment.progress.refunds if _is(each, view)), None)
     entries: tuple[Entry, ...] = ()
     moved = payment
     if refund is None:
@@ -131,6 +131,11 @@ def seen(payment: Payment, event: RefundSeen) -> Moved:
         refund = Refund(adopted_key(view.id), view.amount, shares, view.created_at_ms, id=view.id, reason=view.reason)
         moved, entries, _ = _added(payment, refund)
     return _seen(payment, moved, refund, view, entries)
+
+
+def _is(refund: Refund, view: RefundView) -> bool:
+    """Whether it is that one. One that was given up and then made all the same (a late sender) is adopted as another."""
+    return refund.id == view.id or (refund.key == view.key and not refund.id and refund.status not in REFUND_OVER)
 
 
 def _seen(before: Payment, payment: Payment, refund: Refund, view: RefundView, entries: tuple[Entry, ...]) -> Moved:

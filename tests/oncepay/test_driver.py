@@ -15,7 +15,7 @@ from oncepay.driver import Driver, step_key
 from oncepay.payment import Key, Payment, Status, Terms
 from oncepay.settings import StripeSettings
 from oncepay.stripe_client import StripeGateway
-from oncepay.transition import AttemptStarted, Event, IntentCreated, RefundRequested, move
+from oncepay.transition import AttemptStarted, Event, IntentCreated, RefundRefused, RefundRequested, move
 from tests.sandbox.process import KEY, StandIn, stripe_client
 
 DECLINED = "pm_card_visa_chargeDeclined"
@@ -28,7 +28,7 @@ class Rows:
 
     def __init__(self, payment: Payment) -> None:
         self.row = payment
-        self.entries: list[str] = []
+        self.balances: dict[str, int] = {}
 
     async def get(self, key: str) -> Payment | None:
         return self.row
@@ -38,7 +38,8 @@ class Rows:
         for item in events:
             moved = move(after, item)
             after = moved.payment
-            self.entries += [entry.entry_id for entry in moved.entries]
+            for posting in (posting for entry in moved.entries for posting in entry.postings):
+                self.balances[posting.account] = self.balances.get(posting.account, 0) + posting.amount_minor
         if after is self.row:
             return payment if payment.version == self.row.version else self.row
         self.row = replace(after, updated_at_ms=time.time_ns() // 1_000_000)
@@ -177,3 +178,19 @@ async def test_a_refund_whose_key_stripe_has_forgotten_is_looked_for(gateway: St
     after = await driver.drive(row)
     assert [(r.key, r.status) for r in after.progress.refunds] == [("r1", "succeeded")]
     assert len((await client.v1.refunds.list_async({"payment_intent": row.intent})).data) == 1
+
+
+async def test_a_refund_that_was_given_up_and_made_all_the_same(gateway: StripeGateway, client: stripe.StripeClient) -> None:
+    """A process froze before it sent the refund, others gave it up meanwhile, and then it woke up."""
+    rows, driver = await succeeded(gateway, "given-up-refund")
+    asked = RefundRequested("r1", (Share("ada", 300, 30),), "", rows.row.created_at_ms)
+    row = await rows.apply(rows.row, asked, RefundRefused("r1", "processing_error"), event="test")
+    assert row.amount_refunded == 0
+    late = await client.v1.refunds.create_async(
+        {"payment_intent": row.intent, "amount": 300, "metadata": {"oncepay_key": row.key, "oncepay_refund": "r1"}}
+    )
+    after = await driver.look_after(row.key, "refunds", "test")
+    assert after is not None
+    assert {r.key: r.status for r in after.progress.refunds} == {"r1": "failed", f"stripe:{late.id}": "succeeded"}
+    assert after.amount_refunded == 300
+    assert sum(amount for account, amount in rows.balances.items() if account == "refunds:held") == 0
