@@ -18,10 +18,13 @@ from oncepay.logs import get_logger
 if TYPE_CHECKING:
     from oncepay.etcd.client import Etcd
 
-PING_S = 1.0
+PING_S = 2.0
+"""Pings are most of what an idle service does."""
 SILENT_S = 3.0
+"""Looked at with each ping, so a dead stream is left after 4 s."""
 CONNECT_S = 1.0
 RETRY_PAUSE_S = 0.1
+RETRY_PAUSE_MAX_S = 1.0
 
 _log = get_logger("etcd")
 
@@ -73,7 +76,7 @@ class Watch:
                 failures += 1
                 if failures == 1:
                     _log.info("watch broke", prefix=self._prefix, endpoint=member.endpoint, reason=_reason(error))
-                await asyncio.sleep(min(RETRY_PAUSE_S * failures, PING_S))
+                await asyncio.sleep(min(RETRY_PAUSE_S * failures, RETRY_PAUSE_MAX_S))
 
     async def _stream(self, member: Member) -> AsyncGenerator[Event, None]:
         """Events of one stream; ends only with _Broken, _Compacted or an AioRpcError."""
