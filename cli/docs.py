@@ -43,7 +43,7 @@ def problems() -> Iterator[str]:
     for module in ANSWERING:
         importlib.import_module(module)
     known: dict[str, type[OncepayError]] = {}
-    for error in sorted(_family(OncepayError), key=lambda error: (error.status, error.slug)):
+    for error in sorted(_family(OncepayError), key=_order):
         if error.__module__.startswith(ANSWERED) and error.slug not in NOT_ANSWERED:
             known.setdefault(error.slug, error)
     yield "| status | type ends with | meaning | `Retry-After` |"
@@ -51,6 +51,10 @@ def problems() -> Iterator[str]:
     for slug, error in known.items():
         retry = f"{error.retry_after_s} s" if error.retry_after_s else ""
         yield f"| {error.status} | `{slug}` | {_title(error)} | {retry} |"
+
+
+def _order(error: type[OncepayError]) -> tuple[int, str, str, str]:
+    return error.status, error.slug, error.__module__, error.__qualname__
 
 
 def _title(error: type[OncepayError]) -> str:
