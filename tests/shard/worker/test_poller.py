@@ -9,13 +9,13 @@ import time
 import msgspec
 import pytest
 
+from oncepay.breaker import Breaker
 from oncepay.errors import StripeUnavailable
 from oncepay.keys import slot
 from oncepay.payment import Charge, IntentView, Key, Payment, Status
 from oncepay.settings import PollSettings
 from oncepay.stripe_objects import EventData, EventList, EventObject, IntentList, IntentObject
 from shard.store.batch import EpochOver
-from oncepay.breaker import Breaker
 from shard.worker.bulk import Bulk, decide
 from shard.worker.cache import Pending, PendingCache
 from shard.worker.errors import StandDown
