@@ -83,6 +83,10 @@ class Shards:
             server_settings={
                 "application_name": self._actor,
                 "idle_in_transaction_session_timeout": "3000",
+                # A commit waits for the quorum, and nothing cuts it off, whatever the database's defaults are.
+                "synchronous_commit": "on",
+                "statement_timeout": "0",
+                "transaction_timeout": "0",
                 "jit": "off",
                 # Planning anew for each batch's arrays took more than half of a small batch's time.
                 "plan_cache_mode": "force_generic_plan",

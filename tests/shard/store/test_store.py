@@ -200,3 +200,19 @@ async def test_a_row_that_can_not_be_read_fails_alone(store: Shards, leader: asy
         answers = await asyncio.wait_for(asyncio.gather(*(store.get(row.key) for row in rows), return_exceptions=True), 10)
         assert isinstance(answers[4], RowUnreadable)
         assert [answer for i, answer in enumerate(answers) if i != 4] == [row for i, row in enumerate(rows) if i != 4]
+
+
+async def test_a_commit_waits_for_the_quorum_whatever_the_defaults_are(store: Shards, leader: asyncpg.Connection) -> None:
+    defaults = {"synchronous_commit": "local", "statement_timeout": "'50ms'", "transaction_timeout": "'50ms'"}
+    for name, value in defaults.items():
+        await leader.execute(f"alter role oncepay_router set {name} = {value}")
+    try:
+        node = store.leaders.current("s0")
+        assert node is not None
+        session = await store.connect(node.host, node.port)
+        found = [await session.fetchval(f"show {name}") for name in defaults]
+        await session.close()
+    finally:
+        for name in defaults:
+            await leader.execute(f"alter role oncepay_router reset {name}")
+    assert found == ["on", "0", "0"]
