@@ -20,6 +20,7 @@ COMMANDS = {
     "up": Entry("cli.up", "up", "Start the local cluster."),
     "down": Entry("cli.down", "down", "Stop the local cluster; its data stays."),
     "status": Entry("cli.status", "status", "Show what runs, where, and how well."),
+    "payments": Entry("cli.payments", "payments", "Look at payments, make one, give one up or back."),
     "keys": Entry("cli.keys", "keys", "Take idempotency keys, and look after their pool."),
     "shards": Entry("cli.shards", "shards", "Look after single shards."),
     "verify": Entry("cli.verify", "verify", "Check every promise from outside, row by row."),
