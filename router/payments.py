@@ -14,7 +14,7 @@ from oncepay.payment import Key, Payment, Progress, Status
 from oncepay.service import json_response
 from oncepay.settings import Settings
 from oncepay.web import decode
-from router.bodies import PaymentBody, changed_field, fingerprint_of, new_payment
+from router.bodies import PaymentBody, changed_field, fingerprint_of, new_payment, now_ms
 from router.inflight import InFlight
 from router.macs import Macs
 from router.prefer import key_in_path, location, wait_s
@@ -22,6 +22,8 @@ from router.views import payment_view
 from shard.store.store import Shards
 
 KEY_HEADER = "Idempotency-Key"
+LEFT_BEHIND_MS = 3_000
+"""A payment that stood still for so long is driven on by whoever is asked for it."""
 
 ACCEPTED = Counter("oncepay_router_payments_total", "Calls that submit a payment.", ["outcome"])
 
@@ -79,6 +81,8 @@ class PaymentCalls:
             field = changed_field(row, body)
             raise KeyReused(f"{row.key} names a payment of {row.amount} {row.currency} that differs in {field}", field=field)
         ACCEPTED.labels("replayed").inc()
+        if not row.settled and now_ms() - row.updated_at_ms > LEFT_BEHIND_MS:
+            self._in_flight.drive(self._driver, row)  # whoever drove it may have died; every step may be repeated
         return await self._answer(request, row, created=False)
 
     async def _answer(self, request: web.Request, row: Payment, *, created: bool) -> web.Response:
