@@ -60,7 +60,7 @@ def test_reads_may_be_cut_anywhere(writes: list[bytes], data: st.DataObject) -> 
     assert (cut.deadline_s, cut.timeout_s) == (uncut.deadline_s, uncut.timeout_s)
 
 
-HOME_IN_TEST = "/nowhere/oncepay-test"
+HOME_IN_TEST = f"/nowhere/oncepay-test-{os.getpid()}"
 NAME = "node-test-1"
 SLEEPER = [sys.executable, "-c", "import signal; signal.pause()"]
 
@@ -88,14 +88,20 @@ def test_a_marked_process_is_found_and_ended(marked: subprocess.Popen[bytes]) ->
     assert processes.find(match) == []
 
 
+def freeze(process: subprocess.Popen[bytes]) -> None:
+    """Return when it has stopped: a SIGTERM that comes before is taken first."""
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
 def test_a_frozen_process_is_ended_too(marked: subprocess.Popen[bytes]) -> None:
-    os.kill(marked.pid, signal.SIGSTOP)
+    freeze(marked)
     assert processes.end(lambda pid: processes.is_marked(pid, HOME_IN_TEST), wait_s=5)
     assert not processes.is_alive(marked.pid)
 
 
 def test_a_process_that_stays_is_reported(marked: subprocess.Popen[bytes]) -> None:
-    os.kill(marked.pid, signal.SIGSTOP)
+    freeze(marked)
     started_s = time.monotonic()
     assert not processes.end(lambda pid: pid == marked.pid, number=signal.SIGTERM, wait_s=0.3)
     assert time.monotonic() - started_s < 3
