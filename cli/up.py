@@ -80,6 +80,7 @@ def terminate(_number: int, _frame: FrameType | None) -> None:
 @click.option("--stripe-key-file", type=FILE, help="Use the real Stripe account whose secret key is in this file.")
 @click.option("--stripe-webhook-secret-file", type=FILE, help="Its webhook signing secret, if webhooks reach this machine.")
 @click.option("--only", hidden=True, help="Parts to start, separated by commas.")
+@click.option("--shards", hidden=True, help="The shards of a new cluster, separated by commas.")
 @output_option
 @handle_errors
 def up(
@@ -87,6 +88,7 @@ def up(
     stripe_key_file: Path | None,
     stripe_webhook_secret_file: Path | None,
     only: str | None,
+    shards: str | None,
     output: str,
 ) -> None:
     """Start the local cluster, and return when everything is ready.
@@ -101,12 +103,14 @@ def up(
     """
     from deploy.local import Cluster
     from deploy.local.bring_up import Progress
+    from deploy.local.cluster import DEFAULT_SHARDS
     from deploy.local.status import render
 
     if stripe_webhook_secret_file and not stripe_key_file:
         raise click.UsageError("--stripe-webhook-secret-file goes with --stripe-key-file")
     try:
-        cluster = Cluster(home(), port_base(), parts=only.split(",") if only else None)
+        names = shards.split(",") if shards else DEFAULT_SHARDS
+        cluster = Cluster(home(), port_base(), names, only.split(",") if only else None)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     signal.signal(signal.SIGTERM, terminate)
