@@ -146,6 +146,7 @@ class Plan:
                 listens=(Port(client, f"{name}, clients"), Port(peer, f"{name}, peers")),
                 health=Health("http", client, "/health"),
                 stop_s=ETCD_STOP_S,
+                environment={"GOMAXPROCS": "1"},  # an idle etcd with more threads wakes up more often
             )
 
     def _nodes(self) -> Iterator[Program]:
