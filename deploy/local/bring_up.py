@@ -294,10 +294,12 @@ class BringUp:
         left = {program.name: program for program in self.programs}
         shards = {program.name: program.shard for program in self.programs if program.part == "nodes"}
         pids: dict[str, set[int]] = {name: set() for name in left}
+        probes: dict[str, Probe] = {}
         while left:
             if time.monotonic() - self.started_s > self.timeout_s:
                 name = next(iter(left))
-                self._fail(name, f"not ready after {self.timeout_s:g} s (nor: {', '.join(left)})")
+                why = f"; {probes[name].why}" if probes.get(name) and probes[name].why else ""
+                self._fail(name, f"not ready after {self.timeout_s:g} s (nor: {', '.join(left)}){why}")
             probes = probe_all(left.values())
             states = self.supervisor.states()
             self._note_nodes(probes)

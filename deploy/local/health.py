@@ -37,6 +37,8 @@ class Probe(NamedTuple):
 
     healthy: bool
     node: NodeState | None = None
+    why: str = ""
+    """What it found wrong."""
 
 
 def get_json(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> tuple[int, object]:
@@ -82,12 +84,12 @@ def probe_patroni(port: int) -> Probe:
     """Healthy means that Patroni answers and its Postgres runs, and streams when it is a standby."""
     try:
         status, body = get_json(port, "/patroni")
-    except (OSError, ValueError):
-        return Probe(False)
+    except (OSError, ValueError) as error:
+        return Probe(False, why=f"GET /patroni: {error!r}")
     if status != 200 or not isinstance(body, dict):
-        return Probe(False)
+        return Probe(False, why=f"GET /patroni: status {status}")
     node = node_state(body)
-    return Probe(node.running and (node.role == "primary" or node.streaming), node)
+    return Probe(node.running and (node.role == "primary" or node.streaming), node, f"Patroni says {body}")
 
 
 def node_state(body: dict[str, object]) -> NodeState:
