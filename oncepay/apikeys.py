@@ -29,11 +29,17 @@ _log = get_logger("apikeys")
 
 
 class ApiKey(msgspec.Struct, frozen=True):
-    """One key's record. `rate_limit_per_s` holds for each process that the key calls; 0 is no limit."""
+    """One key's record. `rate_limit_per_s` holds for each process that the key calls; 0 is no limit.
+
+    `slot_rate_limit_per_s` is how often it may submit payments of one slot, in each router: None is the deployment's
+    setting, 0 no limit. `created_at_ms` in milliseconds since 1970, 0 where it isn't known.
+    """
 
     name: str
     scopes: tuple[Scope, ...] = SCOPES
     rate_limit_per_s: float = 0.0
+    slot_rate_limit_per_s: float | None = None
+    created_at_ms: int = 0
 
 
 NO_AUTH = ApiKey("anonymous")

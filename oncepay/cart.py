@@ -26,7 +26,7 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
     description: str = ""
 
 
-class Fee(msgspec.Struct, frozen=True):
+class Fee(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The platform's fee for a seller: `basis_points` of the seller's total, half a unit rounded up, plus `fixed_minor`."""
 
     basis_points: int

@@ -21,6 +21,7 @@ import asyncio
 import gc
 import itertools
 import os
+import re
 import signal
 import socket
 import sys
@@ -49,6 +50,7 @@ REQUEST_ID_CHARACTERS = 64
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Check = Callable[[], Awaitable[None]]
 
+_MEMBER = re.compile(r"\{(\w+)\}")
 _REQUEST_ID = web.RequestKey("request_id", str)
 _API_KEY = web.RequestKey("api_key", ApiKey)
 
@@ -107,6 +109,7 @@ class Service:
         self.app = web.Application(client_max_size=body_limit_bytes)
         self._checks: dict[str, Check] = {}
         self._openapi: object = None
+        self._routes: list[tuple[str, str]] = []
         self._ids = map(f"{os.urandom(6).hex()}-{{:x}}".format, itertools.count(1))
         self._tasks: set[asyncio.Task[None]] = set()
         self._keys = Mirror(self.etcd, PREFIX)
@@ -121,10 +124,17 @@ class Service:
     def route(self, method: str, path: str, handler: Handler, *, scope: Scope | None = None) -> None:
         """Serve `method path`; `scope` None makes it public (health, webhooks that carry a signature)."""
         wrapped = self._wrap(handler, telemetry.RequestMetrics(method, path), scope)
+        pattern = _MEMBER.sub(r"{\1:[^/]+}", path)  # a member may hold braces too
         if method == "GET":
-            self.app.router.add_get(path, wrapped)
+            self.app.router.add_get(pattern, wrapped)
         else:
-            self.app.router.add_route(method, path, wrapped)
+            self.app.router.add_route(method, pattern, wrapped)
+        self._routes.append((method, path))
+
+    @property
+    def routes(self) -> tuple[tuple[str, str], ...]:
+        """What is served: methods and paths, as they were registered."""
+        return tuple(self._routes)
 
     def check(self, name: str, check: Check) -> None:
         """`/readyz` answers 503 while `check` raises or takes longer than CHECK_TIMEOUT_S."""

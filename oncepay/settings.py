@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -64,12 +65,14 @@ class TipaltiSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FeeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The platform's fee for a seller that has none of its own: basis points of the item total plus a fixed part.
 
-    `refunded` gives the platform's fee back with a refund, in proportion.
+    `refunded` gives the platform's fee back with a refund, in proportion. `unknown_sellers` says what becomes of a cart that
+    names a seller that was never put: it gets this fee, or is refused.
     """
 
     basis_points: int = 1000
     fixed_minor: int = 0
     refunded: bool = True
+    unknown_sellers: Literal["default", "refuse"] = "default"
 
 
 class PollSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,7 +83,11 @@ class PollSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One deployment. `internal_token` is the secret by which services know one another."""
+    """One deployment. `internal_token` is the secret by which services know one another.
+
+    `slot_rate_limit_per_s` is how often one API key may submit payments of one slot, in each router; 0 is no limit. It is for
+    deployments with `client_keys`: who chooses keys could aim at one slot.
+    """
 
     etcd: EtcdSettings = EtcdSettings()
     postgres: PostgresSettings = PostgresSettings()
@@ -94,6 +101,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     auth: bool = True
     client_keys: bool = True
+    slot_rate_limit_per_s: float = 0.0
     log_level: str = "info"
 
 

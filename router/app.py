@@ -11,11 +11,13 @@ from oncepay.errors import EtcdUnavailable, ShardUnavailable
 from oncepay.service import Service, run
 from oncepay.stripe_client import StripeGateway
 from router.commands import Commands
+from router.fees import Fees
 from router.inflight import InFlight
 from router.lists import Lists
 from router.macs import Macs
 from router.openapi import document
 from router.payments import PaymentCalls
+from router.sellers import Sellers
 from router.webhooks import Secrets, StripeWebhooks
 from shard.store.store import Shards
 
@@ -29,12 +31,14 @@ async def start(service: Service) -> AsyncIterator[None]:
     store = Shards(service.etcd, settings, role="oncepay_router", password=settings.postgres.router_password, actor=service.name)
     macs = Macs(service.etcd)
     in_flight = InFlight(store)
+    fees = Fees(store, refuse_unknown=settings.fee.unknown_sellers == "refuse")
     budget = Budget(service.etcd, settings.stripe, name=service.name, role="router")
     async with StripeGateway(settings.stripe, budget) as stripe:
         driver = Driver(store, stripe, in_flight.moved)
-        payments = PaymentCalls(settings, store, driver, in_flight, macs)
+        payments = PaymentCalls(settings, store, fees, driver, in_flight, macs)
         commands = Commands(settings, store, driver, in_flight, macs)
         lists = Lists(store, stripe, driver)
+        sellers = Sellers(store, fees, service.name)
         webhooks = StripeWebhooks(store, driver, Secrets(settings.stripe.webhook_secret_files))
         service.route("POST", "/v1/payments", payments.submit, scope="pay")
         service.route("GET", "/v1/payments/{key}", payments.show, scope="read")
@@ -45,6 +49,8 @@ async def start(service: Service) -> AsyncIterator[None]:
         service.route("POST", "/v1/payments/{key}/refunds", commands.refund, scope="refund")
         service.route("GET", "/v1/disputes", lists.disputes, scope="read")
         service.route("POST", "/v1/payments/{key}/disputes/{dispute}/evidence", lists.evidence, scope="operate")
+        service.route("PUT", "/v1/sellers/{id}", sellers.put, scope="operate")
+        service.route("GET", "/v1/sellers/{id}", sellers.show, scope="read")
         service.route("POST", "/v1/webhooks/stripe", webhooks.receive)
         service.openapi(document())
 
@@ -61,6 +67,7 @@ async def start(service: Service) -> AsyncIterator[None]:
         budget.start()
         yield
         await in_flight.stop(STOP_S)
+        await fees.stop()
         await store.stop()
         await budget.stop()
         await macs.stop()

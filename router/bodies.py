@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -21,6 +22,8 @@ METADATA_KEYS_MAX = 40
 METADATA_KEY_LENGTH_MAX = 40
 METADATA_VALUE_LENGTH_MAX = 500
 RESERVED_METADATA = "oncepay_"
+PAYEE_LENGTH_MAX = 64
+BASIS_POINTS_MAX = 10_000
 
 _PROVIDER_ID = re.compile(r"[A-Za-z0-9_]{1,255}")
 _encode = msgspec.json.Encoder(order="sorted").encode
@@ -74,6 +77,14 @@ class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: Literal["duplicate", "fraudulent", "requested_by_customer"] | None = None
 
 
+class SellerBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of PUT /v1/sellers/{id}: its payee at Tipalti, the currency it is paid in, its fee (null: the deployment's)."""
+
+    payee: str
+    currency: str
+    fee: Fee | None = None
+
+
 def now_ms() -> int:
     """This process' clock, in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
@@ -95,16 +106,20 @@ def changed_field(row: Payment, body: PaymentBody) -> str:
     return "items" if row.terms.items != body.items else "capture_method"
 
 
-def new_payment(key: Key, body: PaymentBody, settings: Settings) -> Payment:
-    """The row that this body asks for. Raises InvalidField, InvalidAmount or UnknownCurrency with the field's name."""
-    currency = body.currency.lower()
+def check_payment(body: PaymentBody) -> int:
+    """The cart's total. Raises InvalidField, InvalidAmount or UnknownCurrency with the field's name."""
     _check_text(body)
     try:
-        amount = check_cart(currency, body.items)
+        return check_cart(body.currency.lower(), body.items)
     except InvalidAmount as error:
         if error.field == "items" and len(body.items) == 1:
             error.field = "items[0].amount"
         raise
+
+
+def new_payment(key: Key, body: PaymentBody, amount: int, fees: Mapping[str, Fee], settings: Settings) -> Payment:
+    """The row that a checked body asks for. The sellers' own `fees` are frozen into it, and the deployment's for the others."""
+    currency = body.currency.lower()
     default_fee = Fee(settings.fee.basis_points, settings.fee.fixed_minor)
     now_ms = time.time_ns() // 1_000_000
     return Payment(
@@ -116,7 +131,7 @@ def new_payment(key: Key, body: PaymentBody, settings: Settings) -> Payment:
         amount=amount,
         terms=Terms(
             items=body.items,
-            shares=shares_of(body.items, {}, default_fee),
+            shares=shares_of(body.items, fees, default_fee),
             api_version=settings.stripe.api_version,
             capture_method=body.capture_method,
             on_decline=body.on_decline or ("fail" if body.payment_method else "retry"),

@@ -7,17 +7,20 @@ from msgspec.structs import replace
 from prometheus_client import Counter
 
 from oncepay.driver import Driver
-from oncepay.errors import EtcdUnavailable, InvalidKey, KeyReused, NotFound, OncepayError, PredecessorNotOver
+from oncepay.errors import EtcdUnavailable, InvalidField, InvalidKey, KeyReused, NotFound, OncepayError, PredecessorNotOver
 from oncepay.events import SuccessorNamed
 from oncepay.keys import Origin, check_characters, origin, parse_key
 from oncepay.payment import Key, Payment, Progress, Status
-from oncepay.service import json_response
+from oncepay.service import api_key, json_response
 from oncepay.settings import Settings
 from oncepay.web import decode
-from router.bodies import PaymentBody, changed_field, fingerprint_of, new_payment, now_ms
+from router.bodies import PaymentBody, changed_field, check_payment, fingerprint_of, new_payment, now_ms
+from router.etags import shown
+from router.fees import Fees
 from router.inflight import InFlight
 from router.macs import Macs
 from router.prefer import key_in_path, location, wait_s
+from router.slots import SlotLimits
 from router.views import payment_view
 from shard.store.store import Shards
 
@@ -31,9 +34,11 @@ ACCEPTED = Counter("oncepay_router_payments_total", "Calls that submit a payment
 class PaymentCalls:
     """The handlers of /v1/payments."""
 
-    def __init__(self, settings: Settings, store: Shards, driver: Driver, in_flight: InFlight, macs: Macs) -> None:
+    def __init__(self, settings: Settings, store: Shards, fees: Fees, driver: Driver, in_flight: InFlight, macs: Macs) -> None:
         self._settings = settings
         self._store = store
+        self._fees = fees
+        self._slot_limits = SlotLimits(settings.slot_rate_limit_per_s)
         self._driver = driver
         self._in_flight = in_flight
         self._macs = macs
@@ -41,8 +46,9 @@ class PaymentCalls:
     async def submit(self, request: web.Request) -> web.Response:
         """POST /v1/payments: one key, at most one charge."""
         key, source = self._key_of(request)
+        self._slot_limits.take(api_key(request), key)
         body = await decode(request, PaymentBody)
-        payment = new_payment(key, body, self._settings)
+        amount = check_payment(body)
         self._in_flight.check_room()
         if source == "unproven":
             found = await self._store.get(key)
@@ -55,6 +61,15 @@ class PaymentCalls:
             found = await self._store.get(key)  # a replay names nobody, least of all one with other fields
             if found is not None:
                 return await self._replay(request, found, body)
+        try:
+            fees = await self._fees.of(body.items)
+        except InvalidField:
+            found = await self._store.get(key)  # what was accepted once is replayed, whoever is known now
+            if found is None:
+                raise
+            return await self._replay(request, found, body)
+        payment = new_payment(key, body, amount, fees, self._settings)
+        if body.after:
             await self._name_successor(body.after, payment)
         row, created = await self._store.accept(payment)
         if not created:
@@ -103,7 +118,7 @@ class PaymentCalls:
         try:
             before = await self._store.get(check_characters(after))
             if before is None:
-                before, made = await self._store.accept(self._tombstone(Key(after), payment))
+                before, made = await self._store.accept(self._tombstone(Key(after), payment), "tombstone")
                 if made:
                     return
         except InvalidKey as error:
@@ -126,4 +141,4 @@ class PaymentCalls:
         if found is None:
             raise NotFound(f"there is no payment {key}")
         payment, entries = found
-        return json_response(payment_view(payment, entries), headers={"ETag": f'"{payment.version}"'})
+        return shown(request, payment.version, lambda: payment_view(payment, entries))

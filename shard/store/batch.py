@@ -30,6 +30,8 @@ from shard.store.rows import Put, entry_arrays, payment_of, put_arrays
 WRITERS = 2
 ROWS_MAX = 400
 """Operations in one batch."""
+WRITES_MAX = 1_000
+"""Single writes that may wait for one shard; more are refused with TooBusy."""
 WAITING_MAX = 20_000
 """Operations that may wait for one shard; more are refused with TooBusy."""
 EVIDENCE_S = 5.0
@@ -134,6 +136,7 @@ class Batcher:
         self._busy = 0
         self._barrier_session: asyncpg.Connection | None = None
         self._barrier_lock = asyncio.Lock()
+        self._writes: set[asyncio.Task[asyncpg.Record]] = set()
         self._reader_session: asyncpg.Connection | None = None
         self._reader_lock = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -340,14 +343,14 @@ class Batcher:
 
     async def barrier(self, nonce: str) -> None:
         """Commit a transactional message with `nonce` and see the evidence, in a session of its own."""
-        await self._in_barrier_session("select pg_logical_emit_message(true, 'oncepay', $1::text)", nonce)
+        await self.write("select pg_logical_emit_message(true, 'oncepay', $1::text)", nonce)
 
     async def take_epoch(self, holder: str) -> int:
         """Become the shard's active worker: waits out the transactions of the one before, and uses the epoch from now on.
 
         Raises OutcomeUnknown: then take another.
         """
-        self.epoch = int(await self._in_barrier_session("select oncepay.take_epoch($1)", holder))
+        self.epoch = int((await self.write("select oncepay.take_epoch($1)", holder))[0])
         return self.epoch
 
     async def read(self, query: str, *arguments: object) -> Sequence[Mapping[str, Any]]:
@@ -370,20 +373,48 @@ class Batcher:
             raise ShardUnavailable(f"shard {self.shard}: {error!r}") from error
         return rows
 
-    async def _in_barrier_session(self, query: str, argument: str) -> Any:
+    async def write(self, query: str, *arguments: object) -> asyncpg.Record:
+        """The one row of a query that commits something by itself and always emits a message, seen with the evidence.
+
+        For single rows outside of the batches, one after the other: a function that locks its range, checks the ownership in
+        the next statement and writes. Raises OutcomeUnknown, TooBusy, or InvalidField when the database refused a value. The
+        commit goes on when the caller gives up.
+        """
+        if len(self._writes) >= WRITES_MAX:
+            raise TooBusy(f"{WRITES_MAX} writes wait for shard {self.shard}")
+        write = asyncio.create_task(self._in_barrier_session(query, arguments))
+        self._writes.add(write)
+        write.add_done_callback(self._written)
+        return await asyncio.shield(write)
+
+    def _written(self, write: asyncio.Task[asyncpg.Record]) -> None:
+        self._writes.discard(write)
+        if not write.cancelled():
+            write.exception()  # its caller may have gone
+
+    async def _in_barrier_session(self, query: str, arguments: tuple[object, ...]) -> asyncpg.Record:
         async with self._barrier_lock:
             connection = self._barrier_session
             try:
                 if connection is None or connection.is_closed():
                     node = await self._leaders.wait(self.shard, CONNECT_S)
                     connection = self._barrier_session = await self._opened(node)
-                value = await connection.fetchval(query, argument)
+                row = await connection.fetchrow(query, *arguments)
                 await self._prove(connection)
-            except (OSError, TimeoutError, OutcomeUnknown, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except (
+                OSError,
+                TimeoutError,
+                OutcomeUnknown,
+                ShardUnavailable,
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+            ) as error:
+                if isinstance(error, asyncpg.PostgresError) and (_is_data(error) or _is_schema(error)):
+                    raise _refusal(error) from error
                 if connection is not None:
                     connection.terminate()
-                raise OutcomeUnknown(f"barrier on {self.shard}: {error!r}") from error
-            return value
+                raise OutcomeUnknown(f"{self.shard}: {error!r}") from error
+            return row
 
 
 def _is_data(error: asyncpg.PostgresError) -> bool:
@@ -391,9 +422,14 @@ def _is_data(error: asyncpg.PostgresError) -> bool:
     return bool(error.sqlstate) and error.sqlstate[:2] in {"22", "23"}
 
 
+def _is_schema(error: asyncpg.PostgresError) -> bool:
+    """Whether the schema is not this code's (class 42), so that no retry helps."""
+    return bool(error.sqlstate) and error.sqlstate[:2] == "42"
+
+
 def _refusal(error: asyncpg.PostgresError) -> OncepayError:
     if _is_data(error):
         return InvalidField(f"the database refused the row: {error}")
-    if error.sqlstate and error.sqlstate[:2] == "42":  # a schema that is not this code's: no retry helps
+    if _is_schema(error):
         return SchemaMismatch(str(error))
     return ShardUnavailable(f"the shard refused the batch: {error}")

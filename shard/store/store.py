@@ -93,12 +93,12 @@ class Shards:
             },
         )
 
-    async def accept(self, payment: Payment) -> tuple[Payment, bool]:
+    async def accept(self, payment: Payment, event: str = "accepted") -> tuple[Payment, bool]:
         """Commit a new row, or find the one that has the key already: `(the row, whether this call made it)`.
 
         The caller compares fingerprints. Raises ShardUnavailable or OutcomeUnknown after the hold, TooBusy at once.
         """
-        event = f"accepted {secrets.token_hex(8)}"
+        event = f"{event} {secrets.token_hex(8)}"
         put = Put(payment, 0, event)
 
         async def attempt(batcher: Batcher) -> tuple[Payment, bool]:
@@ -177,20 +177,23 @@ class Shards:
         return Put(after, payment.version, event, entries, links)
 
     async def _held(self, key: Key | str, attempt: Callable[[Batcher], Awaitable[T]]) -> T:
-        """Run `attempt` on the shard that owns `key`; hold it through moves, failovers and unknown outcomes.
+        """Run `attempt` on the shard that owns `key`, held as `hold` holds."""
+        slot = slot_of(key)
+        return await self.hold(lambda: attempt(self.batcher(self.maps.current.range_of(slot).shard)))
+
+    async def hold(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Run `attempt`, and again after moves, failovers and unknown outcomes, for HOLD_S at most; then raise what it raised.
 
         What is attempted again must be safe to repeat: a new row, a compared update (a second one finds its version
-        gone) or a read.
+        gone), a replacement or a read.
         """
         deadline_s = time.monotonic() + HOLD_S
-        slot = slot_of(key)
         pause_s = RETRY_PAUSE_S
         while True:
             error: Exception
             try:
-                shard = self.maps.current.range_of(slot).shard
                 async with asyncio.timeout(max(0.1, deadline_s - time.monotonic())):
-                    return await attempt(self.batcher(shard))
+                    return await attempt()
             except (NotOwner, OutcomeUnknown, ShardUnavailable, EtcdUnavailable) as problem:
                 error = problem
             except TimeoutError:

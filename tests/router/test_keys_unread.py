@@ -11,6 +11,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from oncepay.errors import EtcdUnavailable, InvalidKey, OncepayError
 from oncepay.etcd import Etcd
 from oncepay.settings import EtcdSettings, Settings
+from router.fees import Fees
 from router.inflight import InFlight
 from router.macs import Macs
 from router.payments import PaymentCalls
@@ -29,7 +30,7 @@ async def test_a_key_that_can_not_be_checked_yet(read: bool, refusal: type[Oncep
     if read:
         macs._mirror._replace([], 1)
     store: Any = Empty()
-    calls = PaymentCalls(Settings(), store, driver=None, in_flight=InFlight(store), macs=macs)  # type: ignore[arg-type]
+    calls = PaymentCalls(Settings(), store, Fees(store), driver=None, in_flight=InFlight(store), macs=macs)  # type: ignore[arg-type]
     caught: list[OncepayError] = []
 
     async def submit(request: web.Request) -> web.Response:
