@@ -13,6 +13,7 @@ import secrets
 from dataclasses import dataclass
 
 import msgspec
+from prometheus_client import Counter
 
 from keygen.records import (
     BLOCKS,
@@ -29,10 +30,14 @@ from oncepay.etcd import Compare, Etcd, EtcdOutcomeUnknown, Lease, Mirror, Put, 
 from oncepay.keys import SECRET_BYTES, MacSecrets
 from oncepay.logs import get_logger
 
-LEASE_TTL_S = 10
+LEASE_TTL_S = 7
+"""The blocks of a replica that died can be taken over this long after its last sign of life, and a second at most."""
 RETIRED_KEPT = 16
 MIRROR_WAIT_S = 2.0
 LEAVE_S = 2.0
+
+TAKEOVERS = Counter("oncepay_keys_takeovers", "Blocks taken over from a replica that was gone.")
+ETCD_WRITES = Counter("oncepay_keys_etcd_writes", "Writes to etcd, whatever came of them.")
 
 _log = get_logger("keygen")
 
@@ -90,6 +95,7 @@ class Blocks:
         """Say under a lease that this owner lives; again after the lease was lost."""
         if self.registered:
             return
+        ETCD_WRITES.inc(2)
         lease = await self._etcd.grant_lease(LEASE_TTL_S)
         try:
             await self._etcd.put(owner_key(self.owner), b"", lease.id)
@@ -110,6 +116,7 @@ class Blocks:
         """Make the first MAC secret, unless someone else has."""
         if self.mirror.get(MAC) is None:
             first = MacSecrets(1, {1: secrets.token_bytes(SECRET_BYTES)})
+            ETCD_WRITES.inc()
             revision = await self._etcd.compare_and_put(PREFIX + MAC, msgspec.json.encode(first), 0)
             await self._shown(revision)
 
@@ -129,6 +136,7 @@ class Blocks:
         """One more block that nobody owns yet."""
         block = self._new_block()
         record = BlockRecord(self._block_keys, seed=secrets.token_bytes(SECRET_BYTES))
+        ETCD_WRITES.inc()
         await self._shown(await self._etcd.compare_and_put(block.key, msgspec.json.encode(record), 0))
 
     async def tidy(self) -> int:
@@ -136,6 +144,7 @@ class Blocks:
         used_up = [block for block in self.all() if block.record.used_up]
         surplus = used_up[:-RETIRED_KEPT]
         for block in surplus:
+            ETCD_WRITES.inc()
             await self._etcd.compare_and_delete(block.key, block.mod_revision)
         return len(surplus)
 
@@ -154,6 +163,7 @@ class Blocks:
         compares: list[Compare] = [mod_revision_is(block.key, block.mod_revision)]
         if old.owner not in ("", self.owner):
             compares.append(absent(owner_key(old.owner)))
+        ETCD_WRITES.inc()
         try:
             result = await self._etcd.txn(compares, [Put(block.key, msgspec.json.encode(new))])
             written = Block(block.id, new, result.revision) if result.succeeded else None
@@ -165,6 +175,7 @@ class Blocks:
             self._held.pop(block.id, None)
             return None
         if old.owner not in ("", self.owner):
+            TAKEOVERS.inc()
             _log.info("block taken over", block=block.id, from_owner=old.owner, watermark=old.watermark)
         return await self._hold(written, seed, old.watermark)
 
@@ -179,6 +190,7 @@ class Blocks:
             return None
         if found.record.watermark < self._granted.get(seed, 0):
             _log.error("etcd went back in time; the block is given up", block=block.id, watermark=found.record.watermark)
+            ETCD_WRITES.inc()
             await self._etcd.compare_and_delete(block.key, found.mod_revision)
             return None
         return found

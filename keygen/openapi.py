@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 
 from keygen.pool import PoolState
+from keygen.slots import NARROWEST_SLOTS
+from oncepay.keys import SLOTS
 
 _PROBLEM = {
     "description": "A problem document (RFC 9457) with a stable `type`.",
@@ -36,7 +38,7 @@ def document(most: int) -> dict[str, Any]:
                             "description": "As many keys as were asked for.",
                             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Issued"}}},
                         },
-                        **{status: _PROBLEM for status in ("400", "401", "403", "413", "429")},
+                        **{status: _PROBLEM for status in ("400", "401", "403", "413", "422", "429")},
                         "503": _PROBLEM | {"headers": {"Retry-After": {"schema": {"type": "integer"}}}},
                     },
                 }
@@ -59,7 +61,16 @@ def document(most: int) -> dict[str, Any]:
                 **components,
                 "IssueRequest": {
                     "type": "object",
-                    "properties": {"count": {"type": "integer", "minimum": 1, "maximum": most}},
+                    "properties": {
+                        "count": {"type": "integer", "minimum": 1, "maximum": most},
+                        "slots": {
+                            "type": ["array", "null"],
+                            "description": f"First and last slot that the keys may have: at least {NARROWEST_SLOTS} slots.",
+                            "prefixItems": [{"type": "integer", "minimum": 0, "maximum": SLOTS - 1}] * 2,
+                            "minItems": 2,
+                            "maxItems": 2,
+                        },
+                    },
                     "required": ["count"],
                     "additionalProperties": False,
                 },

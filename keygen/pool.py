@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import msgspec
 
 from keygen.blocks import Blocks
 from keygen.reserve import Reserve
+from keygen.slots import SlotRange
 from oncepay.errors import NoKeys, OncepayError
 from oncepay.keys import MacSecrets
 from oncepay.logs import get_logger
 
 AHEAD_S = 300.0
-"""Keys for so long, at the recent rate, are persisted as this replica's own: what an outage of etcd is bridged with."""
+"""Keys for so long at least, at the recent rate, are persisted as this replica's own: what an outage of etcd is bridged with."""
 AHEAD_LEAST = 1 << 16
-AHEAD_MOST = 1 << 24
+AHEAD_MOST = 1 << 27
+STEP_PART = 2
+"""A watermark is raised when less than AHEAD_S is left, to that and one STEP_PARTth of it more: seldom, and all at once."""
 LOW_S = 30.0
 """Below keys for so long, while etcd is away, the replica calls itself not ready."""
 LOW_LEAST = 16_384
@@ -28,9 +32,14 @@ FREE_BLOCKS = 2
 GRANTS_A_ROUND = 64
 TICK_S = 1.0
 RATE_SPAN_S = 30.0
+RATE_NONE_PER_S = 0.001
 WAIT_S = 2.0
 STALE_S = 5.0
 WAITERS = 1_000
+SEARCH_S = 5.0
+SEARCH_STEP = 1 << 16
+ASIDE_MOST = 1 << 18
+"""Keys that searches for slots left over and nobody has taken since: some 25 MB."""
 
 _log = get_logger("keygen")
 
@@ -54,8 +63,9 @@ class PoolState(msgspec.Struct, frozen=True):
 class Pool:
     """Issues keys; `run` keeps it supplied."""
 
-    def __init__(self, blocks: Blocks, *, ahead_s: float = AHEAD_S) -> None:
+    def __init__(self, blocks: Blocks, *, ahead_s: float = AHEAD_S, clock: Callable[[], float] = time.monotonic) -> None:
         self.blocks = blocks
+        self._clock = clock
         self.issued = 0
         self.rate_per_s = 0.0
         self._ahead_s = ahead_s
@@ -65,9 +75,10 @@ class Pool:
         self._supplied = asyncio.Event()
         self._waiting = 0
         self._wanted = 0
-        self._low = AHEAD_LEAST // 2
+        self._searching = asyncio.Lock()
+        self._low = AHEAD_LEAST
         self._failing_since: float | None = None
-        self._counted_at = time.monotonic()
+        self._counted_at = clock()
         self._counted = 0
 
     # Demand
@@ -77,33 +88,80 @@ class Pool:
         """How many keys can be issued without etcd."""
         return self._reserve.available if self._secrets is not None else 0
 
+    @property
+    def available_s(self) -> float:
+        """For how many seconds they last at the recent rate; infinity without demand."""
+        return self.available / self.rate_per_s if self.rate_per_s > RATE_NONE_PER_S else float("inf")
+
+    @property
+    def ready(self) -> int:
+        """How many keys are made."""
+        return self._reserve.ready + self._reserve.aside
+
     def take(self, count: int) -> list[str] | None:
         """`count` keys at once, or None when they aren't there: then `wait` for them."""
         if self._secrets is None or self._reserve.available < count:
             return None
         keys = self._reserve.take(count, self._secrets)
+        self._gave(count)
+        return keys
+
+    def _gave(self, count: int) -> None:
         self.issued += count
         if self._reserve.available < self._low or self._reserve.ready < READY_LEAST // 2:
             self._wake.set()
-        return keys
 
     async def wait(self, count: int) -> list[str]:
         """`count` keys, after up to WAIT_S; then NoKeys."""
-        if self._waiting >= WAITERS:
-            raise NoKeys("too many are waiting for keys already")
-        self._waiting += 1
+        self._begin_waiting()
         try:
             async with asyncio.timeout(WAIT_S):
                 while (keys := self.take(count)) is None:
-                    self._wanted = max(self._wanted, count)
-                    self._supplied.clear()
-                    self._wake.set()
-                    await self._supplied.wait()
+                    await self._supply(count)
                 return keys
         except TimeoutError:
             raise NoKeys(f"{self.available} keys are left, {count} were asked for") from None
         finally:
             self._waiting -= 1
+
+    async def take_in(self, slots: SlotRange, count: int) -> list[str]:
+        """`count` keys of `slots`, from what is put aside, else made in slices until enough fit; those that don't fit are
+        put aside for whoever asks next. NoKeys when that takes longer than SEARCH_S, or would put more than ASIDE_MOST
+        aside; the range has been checked.
+        """
+        self._begin_waiting()
+        found: list[str] = []
+        try:
+            async with asyncio.timeout(SEARCH_S), self._searching:
+                found += self._reserve.take_aside(*slots, count)
+                while (missing := count - len(found)) > 0:
+                    if self._reserve.aside > ASIDE_MOST:
+                        raise NoKeys(f"{self._reserve.aside} keys of other slots wait to be taken first")
+                    if self._secrets is None or self._reserve.left == 0:
+                        await self._supply(self._reserve.available + SEARCH_STEP)
+                        continue
+                    found += self._reserve.search(*slots, missing, READY_CHUNK, self._secrets)
+                    await asyncio.sleep(0)
+                keys, found = found, []
+                self._gave(count)
+                return keys
+        except TimeoutError:
+            raise NoKeys(f"{len(found)} keys of these slots were found in time, {count} were asked for") from None
+        finally:
+            self._waiting -= 1
+            self._reserve.put_aside(found)
+
+    def _begin_waiting(self) -> None:
+        if self._waiting >= WAITERS:
+            raise NoKeys("too many are waiting for keys already")
+        self._waiting += 1
+
+    async def _supply(self, available: int) -> None:
+        """Ask for so many keys to be available, and wait for the next that come."""
+        self._wanted = max(self._wanted, available)
+        self._supplied.clear()
+        self._wake.set()
+        await self._supplied.wait()
 
     # Supply
 
@@ -150,9 +208,9 @@ class Pool:
                 self._failing_since = None
 
     async def _refill(self) -> None:
-        """When the reserve has sunk below half of `_ahead_s` seconds, raise watermarks by what is missing from the whole."""
-        depth = min(max(int(self.rate_per_s * self._ahead_s), AHEAD_LEAST), AHEAD_MOST)
-        self._low = depth // 2
+        """When the reserve has sunk below `_ahead_s` seconds of demand, raise watermarks to that and a step more."""
+        self._low = min(max(int(self.rate_per_s * self._ahead_s), AHEAD_LEAST), AHEAD_MOST)
+        depth = self._low + self._low // STEP_PART
         least = max(self._low, self._wanted)
         for _ in range(GRANTS_A_ROUND):
             if self._reserve.available >= least:
@@ -173,7 +231,7 @@ class Pool:
         return self._reserve.ready < aim
 
     def _measure(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         span_s = now - self._counted_at
         if span_s < TICK_S / 2:
             return
@@ -213,8 +271,8 @@ class Pool:
             replicas=sorted(owners),
             replica=self.blocks.owner,
             available=self.available,
-            ready=self._reserve.ready,
+            ready=self.ready,
             rate_per_s=round(self.rate_per_s, 3),
-            available_s=round(self.available / self.rate_per_s, 1) if self.rate_per_s > 0.001 else None,
+            available_s=round(self.available_s, 1) if self.rate_per_s > RATE_NONE_PER_S else None,
             etcd_away_s=round(self.etcd_away_s, 1),
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from oncepay.keys import MacSecrets, issue
+from keygen.aside import Aside
+from oncepay.keys import MacSecrets, issue, slot
 
 
 class Range:
@@ -28,6 +29,7 @@ class Reserve:
     def __init__(self) -> None:
         self._ranges: deque[Range] = deque()
         self._ready: list[str] = []
+        self._aside = Aside()
         self._left = 0
 
     @property
@@ -36,9 +38,19 @@ class Reserve:
         return len(self._ready)
 
     @property
+    def aside(self) -> int:
+        """How many keys are made that a search for other slots left over."""
+        return len(self._aside)
+
+    @property
+    def left(self) -> int:
+        """How many keys are not made yet."""
+        return self._left
+
+    @property
     def available(self) -> int:
         """How many keys can be issued without etcd."""
-        return len(self._ready) + self._left
+        return len(self._ready) + len(self._aside) + self._left
 
     def add(self, seed: bytes, first: int, end: int) -> None:
         """Take in indexes `first` to `end - 1`, persisted as this process's own and never added before."""
@@ -55,15 +67,40 @@ class Reserve:
         keys = ready[-count:]
         del ready[-count:]
         if len(keys) < count:
-            keys += self._make(count - len(keys), secrets)
+            keys += self._more(count - len(keys), secrets)
         return keys
 
     def make_ready(self, count: int, secrets: MacSecrets) -> None:
         """Make up to `count` keys more ready."""
-        count = min(count, self._left)
+        count = min(count, len(self._aside) + self._left)
         if count > 0:
             # The oldest leave first: they are taken from the end.
-            self._ready[:0] = reversed(self._make(count, secrets))
+            self._ready[:0] = reversed(self._more(count, secrets))
+
+    # Keys of some slots
+
+    def take_aside(self, first: int, last: int, count: int) -> list[str]:
+        """Up to `count` keys of the slots `first` to `last` from those that earlier searches left over."""
+        return self._aside.take_in(first, last, count)
+
+    def search(self, first: int, last: int, count: int, made: int, secrets: MacSecrets) -> list[str]:
+        """Make up to `made` keys: up to `count` of the slots `first` to `last`, and all others are put aside."""
+        found: list[str] = []
+        for key in self._make(min(made, self._left), secrets):
+            its_slot = slot(key)
+            if first <= its_slot <= last and len(found) < count:
+                found.append(key)
+            else:
+                self._aside.add(key, its_slot)
+        return found
+
+    def put_aside(self, keys: list[str]) -> None:
+        """Take back keys that were not given out after all."""
+        self._aside.put(keys)
+
+    def _more(self, count: int, secrets: MacSecrets) -> list[str]:
+        keys = self._aside.take(count)
+        return keys + self._make(count - len(keys), secrets) if len(keys) < count else keys
 
     def _make(self, count: int, secrets: MacSecrets) -> list[str]:
         keys: list[str] = []

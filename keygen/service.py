@@ -15,22 +15,30 @@ from keygen.blocks import Blocks
 from keygen.openapi import document
 from keygen.pool import AHEAD_S, Pool
 from keygen.records import BLOCK_KEYS, SMALLEST_BLOCK_KEYS
+from keygen.slots import SlotRange, check
+from oncepay.keys import SLOTS
 from oncepay.service import Service, decode, json_response, run
 
 KEYS_A_REQUEST = 10_000
 
 ISSUED = Counter("oncepay_keys_issued", "Keys given out.")
+READY = Gauge("oncepay_keys_ready", "Keys that are made and wait to be given out.")
 AVAILABLE = Gauge("oncepay_keys_available", "Keys that can be issued without etcd.")
+AVAILABLE_S = Gauge("oncepay_keys_available_seconds", "How long these last at the recent rate; +Inf without demand.")
 KEYS_LEFT = Gauge("oncepay_keys_pool_left", "Keys left in all open blocks.")
 BLOCKS_FREE = Gauge("oncepay_keys_blocks_free", "Blocks that no replica owns.")
 
 _NO_STORE = {"Cache-Control": "no-store"}
 
 
+Slot = Annotated[int, msgspec.Meta(ge=0, lt=SLOTS)]
+
+
 class IssueRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of POST /v1/keys."""
+    """The body of POST /v1/keys. `slots`: first and last of the range that the keys shall be in; all by default."""
 
     count: Annotated[int, msgspec.Meta(ge=1, le=KEYS_A_REQUEST)]
+    slots: tuple[Slot, Slot] | None = None
 
 
 class Issued(msgspec.Struct, frozen=True):
@@ -46,17 +54,23 @@ async def start(service: Service) -> AsyncIterator[None]:
     count_issued = ISSUED.inc
 
     async def issue(request: web.Request) -> web.Response:
-        count = (await decode(request, IssueRequest)).count
-        keys = pool.take(count)
-        if keys is None:
-            keys = await pool.wait(count)
+        asked = await decode(request, IssueRequest)
+        count = asked.count
+        if asked.slots is None:
+            keys = pool.take(count) or await pool.wait(count)
+        else:
+            slots = SlotRange(*asked.slots)
+            check(slots, count)
+            keys = await pool.take_in(slots, count)
         count_issued(count)
         return json_response(Issued(keys), 201, _NO_STORE)
 
     async def state(request: web.Request) -> web.Response:
         return json_response(pool.state())
 
+    READY.set_function(lambda: pool.ready)
     AVAILABLE.set_function(lambda: pool.available)
+    AVAILABLE_S.set_function(lambda: pool.available_s)
     KEYS_LEFT.set_function(lambda: pool.state().keys_left)
     BLOCKS_FREE.set_function(lambda: pool.state().blocks_free)
     service.route("POST", "/v1/keys", issue, scope="pay")

@@ -102,6 +102,13 @@ class Keygen:
         assert len(keys) == count
         return keys
 
+    def metrics(self) -> dict[str, float]:
+        """The metrics that have no labels, by name."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.split(" ") for line in lines if not line.startswith("#") and "{" not in line)
+        return {name: float(value) for name, value in pairs}
+
     def pool(self) -> dict[str, Any]:
         answer = http("GET", self.url + "/v1/keys/pool")
         assert answer.status == 200, answer

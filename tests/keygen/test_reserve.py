@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from keygen.reserve import Reserve
-from oncepay.keys import MacSecrets, issue
+from oncepay.keys import SLOTS, MacSecrets, issue, slot
 
 SECRETS = MacSecrets(3, {3: b"m" * 32})
+HALF = (10_000, 10_000 + SLOTS // 2)
+BINS = 256
+SPREAD_KEYS = 1 << 20
+CHI_SQUARED_MOST = 335.0
+"""With 255 degrees of freedom one evenly spread set in some 2,000 lies above (mean 255, standard deviation 22.6)."""
 
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.integers(0, 40)),
         st.tuples(st.just("take"), st.integers(1, 60)),
         st.tuples(st.just("ready"), st.integers(-5, 60)),
+        st.tuples(st.just("search"), st.integers(1, 30)),
+        st.tuples(st.just("give back"), st.integers(1, 30)),
     ),
     max_size=40,
 )
@@ -35,12 +44,20 @@ def test_every_key_once_and_nothing_else(actions: list[tuple[str, int]]) -> None
             before = reserve.available
             reserve.make_ready(count, SECRETS)
             assert reserve.available == before
+        elif action in ("search", "give back"):
+            found = reserve.take_aside(*HALF, count)
+            found += reserve.search(*HALF, max(count - len(found), 1), 2 * count, SECRETS)
+            assert all(HALF[0] <= slot(key) <= HALF[1] for key in found)
+            if action == "search":
+                taken += found
+            else:
+                reserve.put_aside(found)
         elif count <= reserve.available:
             keys = reserve.take(count, SECRETS)
             assert len(keys) == count
             taken += keys
         assert reserve.available == len(expected) - len(taken)
-        assert reserve.ready <= reserve.available
+        assert reserve.ready + reserve.aside + reserve.left == reserve.available
     if reserve.available:
         taken += reserve.take(reserve.available, SECRETS)
     assert sorted(taken) == sorted(expected)
@@ -55,3 +72,31 @@ def test_a_new_secret_is_used_for_what_is_made_from_then_on() -> None:
     assert sorted(reserve.take(10, later)) == sorted(
         issue(b"s" * 32, 0, 4, 3, SECRETS.secrets[3]) + issue(b"s" * 32, 4, 6, 4, later.secrets[4])
     )
+
+
+def chi_squared(counts: list[int]) -> float:
+    """How far `counts` are from all the same."""
+    even = sum(counts) / len(counts)
+    return sum((count - even) ** 2 / even for count in counts)
+
+
+def test_keys_are_spread_evenly_over_the_slots() -> None:
+    """More than a million keys of one block, as they are given out: 65,536 slots in 256 bins."""
+    reserve = Reserve()
+    reserve.add(b"even" * 8, 0, SPREAD_KEYS)
+    bins = Counter(slot(key) * BINS // SLOTS for _ in range(SPREAD_KEYS // 4096) for key in reserve.take(4096, SECRETS))
+    assert chi_squared([bins[number] for number in range(BINS)]) < CHI_SQUARED_MOST
+
+
+def test_what_a_search_takes_and_leaves_is_spread_evenly() -> None:
+    """Neither the slots of a range nor what is left for others leans to one side."""
+    reserve = Reserve()
+    reserve.add(b"some" * 8, 0, 200_000)
+    reserve.search(0, 63, 10, 100_000, SECRETS)
+    found = reserve.take_aside(*HALF, 20_000)
+    width = HALF[1] - HALF[0] + 1
+    bins = Counter((slot(key) - HALF[0]) * BINS // width for key in found)
+    assert len(found) == 20_000
+    assert chi_squared([bins[number] for number in range(BINS)]) < CHI_SQUARED_MOST
+    outside = Counter(slot(key) >= SLOTS // 2 for key in reserve.take(100_000, SECRETS))
+    assert sum(outside.values()) == 100_000

@@ -13,10 +13,13 @@ import msgspec
 import pytest
 
 from keygen.blocks import LEASE_TTL_S, RETIRED_KEPT
+from keygen.pool import AHEAD_LEAST, LOW_LEAST, STEP_PART
+from keygen.records import BlockRecord
+from keygen.slots import NARROWEST_SLOTS, SEARCH_KEYS
 from loadtest.bench.http_load import load
 from oncepay.apikeys import ApiKey, Scope, digest, new_key
 from oncepay.etcd import Etcd
-from oncepay.keys import MacSecrets, origin
+from oncepay.keys import SLOTS, MacSecrets, origin, slot
 from oncepay.settings import EtcdSettings
 from tests.etcd_fixture import EtcdCluster, etcd_cluster
 from tests.keygen.harness import Answer, Keygen, http
@@ -25,6 +28,8 @@ __all__ = ["etcd_cluster"]
 
 pytestmark = pytest.mark.cluster
 
+AHEAD_KEYS = AHEAD_LEAST + AHEAD_LEAST // STEP_PART
+"""What a replica without demand has persisted as its own when it is ready."""
 LEASE_GONE_S = LEASE_TTL_S + 5
 
 
@@ -67,12 +72,54 @@ def test_keys_are_distinct_and_issued(one: Keygen, settings: EtcdSettings) -> No
 
 
 @pytest.mark.parametrize(
-    "body", [{"count": 0}, {"count": 10_001}, {"count": -1}, {"count": "1"}, {}, {"count": 1, "x": 1}, [1], 1]
+    "body",
+    [
+        *({"count": 0}, {"count": 10_001}, {"count": -1}, {"count": "1"}, {}, {"count": 1, "x": 1}, [1], 1),
+        *({"count": 1, "slots": slots} for slots in ([], [0], [0, 65_536], [-1, 5_000], [0, 1, 2], ["0", "9000"], 7)),
+    ],
 )
 def test_a_body_that_can_t_be(one: Keygen, body: object) -> None:
     answer = http("POST", one.url + "/v1/keys", body)
     assert answer.status == 400
     assert answer.body["type"].endswith("/malformed-body")
+
+
+@pytest.mark.parametrize(("first", "last", "count"), [(0, SLOTS // 2 - 1, 5_000), (60_000, SLOTS - 1, 500), (4711, 4774, 20)])
+def test_keys_for_the_slots_of_a_range(one: Keygen, first: int, last: int, count: int) -> None:
+    """They lie in it, none comes twice, and those that didn't fit are given out later: none is lost."""
+    before = one.pool()["available"]
+    inside: list[str] = []
+    for _ in range(3):
+        answer = http("POST", one.url + "/v1/keys", {"count": count, "slots": [first, last]})
+        assert answer.status == 201, answer
+        inside += answer.body["keys"]
+    assert all(first <= slot(key) <= last for key in inside)
+    assert len(inside) == 3 * count
+    pool = one.pool()
+    assert pool["ready"] > 0
+    # Whatever was searched through is still there: at most a raised watermark has added to it.
+    assert pool["available"] >= before - 3 * count
+    others = [key for _ in range(pool["ready"] // 10_000 + 1) for key in one.issue(10_000)]
+    assert_distinct(inside + others)
+    if last - first < SLOTS // 4:
+        assert any(slot(key) < first or slot(key) > last for key in others)
+
+
+@pytest.mark.parametrize(
+    ("slots", "count", "field"),
+    [
+        ([100, 100 + NARROWEST_SLOTS - 2], 1, "slots"),
+        ([200, 100], 1, "slots"),
+        ([0, NARROWEST_SLOTS - 1], SEARCH_KEYS * NARROWEST_SLOTS // SLOTS + 1, "count"),
+        ([0, 999], 10_000, "count"),
+    ],
+)
+def test_a_range_too_narrow_is_refused_and_nothing_is_searched(one: Keygen, slots: list[int], count: int, field: str) -> None:
+    answer = http("POST", one.url + "/v1/keys", {"count": count, "slots": slots})
+    assert answer.status == 422
+    assert answer.body["type"].endswith("/invalid-field")
+    assert answer.body["field"] == field
+    assert one.pool()["available"] == AHEAD_KEYS
 
 
 def test_the_document_names_what_is_served(one: Keygen) -> None:
@@ -94,6 +141,47 @@ def test_a_killed_owner_s_block_goes_on_past_its_watermark(tmp_path: Path, setti
         keys += [key for _ in range(45) for key in two.issue(10_000)]
         assert_distinct(keys)
         assert "block taken over" in two.log.read_text()
+
+
+def test_a_crash_wastes_one_step_at_most(tmp_path: Path, settings: EtcdSettings, one: Keygen) -> None:
+    """What the dead replica had persisted ahead, and nothing else: its successor begins where the watermark is."""
+
+    def watermarks() -> int:
+        records = [msgspec.json.decode(value, type=BlockRecord) for value in read_all(settings, "keys/blocks/")]
+        return sum(record.watermark for record in records)
+
+    for _ in range(5):
+        one.issue(10_000)
+    one.kill()
+    wasted = watermarks() - 50_000
+    assert 0 < wasted <= AHEAD_KEYS
+    with Keygen(tmp_path, settings, "keygen-2", "--block-keys", "200000", "--ahead-s", "1") as two:
+        two.wait()
+        wait_for_replicas(two, 1)
+        for _ in range(45):
+            two.issue(10_000)
+        assert two.metrics()["oncepay_keys_takeovers_total"] == 1
+        deadline = time.monotonic() + 10
+        while watermarks() != 50_000 + wasted + 450_000 + two.pool()["available"]:  # until no watermark is being raised
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_an_operator_sees_how_long_keys_last(one: Keygen) -> None:
+    metrics = one.metrics()
+    assert metrics["oncepay_keys_available_seconds"] == float("inf")
+    writes = metrics["oncepay_keys_etcd_writes_total"]
+    assert writes >= 3
+    assert metrics["oncepay_keys_takeovers_total"] == 0
+    one.issue(10_000)
+    deadline = time.monotonic() + 10
+    while (metrics := one.metrics())["oncepay_keys_available_seconds"] == float("inf"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert 0 < metrics["oncepay_keys_ready"] <= metrics["oncepay_keys_available"]
+    assert metrics["oncepay_keys_issued_total"] == 10_000
+    assert metrics["oncepay_keys_available_seconds"] == pytest.approx(one.pool()["available_s"], rel=0.5)
+    assert metrics["oncepay_keys_etcd_writes_total"] < writes + 10
 
 
 def test_a_frozen_owner_wakes_up_and_issues_nothing_twice(tmp_path: Path, settings: EtcdSettings, one: Keygen) -> None:
@@ -128,12 +216,12 @@ def test_without_etcd_it_issues_up_to_the_watermark_then_says_503(tmp_path: Path
         cluster.kill()
         answers: list[Answer] = []
         not_ready_at: int | None = None
-        while len(answers) < 20 and (not answers or answers[-1].status == 201):
+        while len(answers) < 30 and (not answers or answers[-1].status == 201):
             answers.append(http("POST", keygen.url + "/v1/keys", {"count": 5_000}))
             keys += answers[-1].body.get("keys", [])
-            if len(answers) == 6:
+            if len(keys) == 40_000:
                 keygen.wait(ready=True)  # enough is left: an outage alone is no reason
-            if len(answers) == 9:
+            if AHEAD_KEYS - LOW_LEAST < len(keys) <= AHEAD_KEYS - LOW_LEAST + 5_000:
                 keygen.wait(ready=False)
                 not_ready_at = len(answers)
         assert not_ready_at is not None, "it was never called not ready before it stopped issuing"
@@ -143,7 +231,7 @@ def test_without_etcd_it_issues_up_to_the_watermark_then_says_503(tmp_path: Path
         assert refused.body["type"].endswith("/no-keys")
         assert int(refused.headers["Retry-After"]) >= 1
         assert len(answers) > not_ready_at
-        assert 55_000 < len(keys) <= 65_536
+        assert AHEAD_KEYS - 5_000 < len(keys) <= AHEAD_KEYS
         cluster.start()
         keygen.wait(ready=True)
         keys += keygen.issue(10_000)
