@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
+import aiohttp
 import pytest
 
 from oncepay.client import Oncepay, Problem
@@ -51,3 +53,32 @@ async def test_what_can_be_no_predecessor(client: Oncepay, fresh: Callable[[], s
     with pytest.raises(Problem) as caught:
         await client.pay(key, **CART, payment_method=VISA, after=after or key)
     assert (caught.value.slug, caught.value.field) == (slug, "after")
+
+
+async def test_an_old_key_and_its_successor_at_the_same_moment_never_both_pay(
+    client: Oncepay, stripe: aiohttp.ClientSession, fresh: Callable[[], str]
+) -> None:
+    """Whichever row is first: the old key's payment (then the successor is refused), or its tombstone."""
+    pairs = [(fresh(), fresh()) for _ in range(12)]
+
+    async def race(old: str, new: str, n: int) -> tuple[str, str]:
+        async def pay(key: str, after: str = "") -> str:
+            try:
+                return (await client.pay(key, **CART, payment_method=VISA, after=after)).status
+            except Problem as problem:
+                return problem.slug
+
+        calls = [pay(old), pay(new, old)]
+        first, second = await asyncio.gather(*(calls if n % 2 else reversed(calls)))
+        return (first, second) if n % 2 else (second, first)
+
+    outcomes = await asyncio.gather(*(race(old, new, n) for n, (old, new) in enumerate(pairs)))
+    assert set(outcomes) <= {("succeeded", "predecessor-not-over"), ("canceled", "succeeded")}
+    paid = await paid_keys(stripe)
+    assert all(len(paid & set(pair)) == 1 for pair in pairs)
+
+
+async def paid_keys(stripe: aiohttp.ClientSession) -> set[str]:
+    """The keys of the newest 100 intents that succeeded at Stripe."""
+    async with stripe.get("/v1/payment_intents", params={"limit": "100"}) as answer:
+        return {item["metadata"].get("oncepay_key") for item in (await answer.json())["data"] if item["status"] == "succeeded"}
