@@ -1,6 +1,6 @@
 """The one way to Stripe: the `stripe` package over aiohttp, with answers as typed views.
 
-Retries, error classes and idempotency headers are the library's; `raw_request_async` leaves out its tree of objects.
+Retries and their pauses are the library's; its tree of objects is left out.
 Calls are bounded in number and time. What comes back is a view of the PaymentIntent, or one of three errors: a decline,
 a refusal (Stripe says no, for good), or StripeUnavailable (the outcome is not known).
 """
@@ -8,12 +8,12 @@ a refusal (Stripe says no, for good), or StripeUnavailable (the outcome is not k
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -25,6 +25,7 @@ from oncepay.budget import Budget, BudgetShort
 from oncepay.errors import OncepayError, StripeUnavailable
 from oncepay.payment import DisputeView, Failure, IntentView, RefundView
 from oncepay.settings import StripeSettings
+from oncepay.stripe_http import Answer, StripeHttp
 from oncepay.stripe_objects import (
     DisputeList,
     DisputeObject,
@@ -39,7 +40,6 @@ from oncepay.stripe_objects import (
 )
 
 CONCURRENCY_MAX = 128
-RETRIES_MAX = 2
 DEADLINE_S = 60.0
 """A call with all its retries; past it the outcome is unknown."""
 FAILURES_MAX = 10
@@ -79,20 +79,6 @@ class StripeRefused(OncepayError):
         self.view = error.payment_intent.view() if error.payment_intent else None
 
 
-class _Paced(stripe.AIOHTTPClient):
-    """The library's client, whose every request (retries too) takes its turn in the rate budget first."""
-
-    def __init__(self, budget: Budget, timeout: aiohttp.ClientTimeout, session: aiohttp.ClientSession) -> None:
-        super().__init__(timeout=timeout, session=session)
-        self._budget = budget
-
-    async def request_async(
-        self, method: str, url: str, headers: Mapping[str, str], post_data: object = None
-    ) -> tuple[bytes, int, Mapping[str, str]]:
-        await self._budget.take(method, urlsplit(url).path)
-        return await super().request_async(method, url, headers, post_data)
-
-
 class StripeGateway:
     """Calls to one Stripe account. Open it in a running loop: `async with StripeGateway(settings) as gateway: ...`."""
 
@@ -101,8 +87,7 @@ class StripeGateway:
         self._budget = budget
         self._breaker = Breaker(failures_max=FAILURES_MAX)
         self._slots = asyncio.Semaphore(CONCURRENCY_MAX)
-        self._client: stripe.StripeClient | None = None
-        self._http: stripe.AIOHTTPClient | None = None
+        self._http: StripeHttp | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> StripeGateway:
@@ -110,18 +95,7 @@ class StripeGateway:
         context = ssl.create_default_context(cafile=stripe.ca_bundle_path) if secure else False
         connector = aiohttp.TCPConnector(limit=CONCURRENCY_MAX, ssl=context, keepalive_timeout=30)
         self._session = aiohttp.ClientSession(connector=connector)
-        timeout = aiohttp.ClientTimeout(total=self._settings.timeout_s)
-        if self._budget is None:
-            self._http = stripe.AIOHTTPClient(timeout=timeout, session=self._session)
-        else:
-            self._http = _Paced(self._budget, timeout, self._session)
-        self._client = stripe.StripeClient(
-            self._settings.api_key,
-            stripe_version=self._settings.api_version,
-            base_addresses={"api": self._settings.base_url},
-            http_client=self._http,
-            max_network_retries=RETRIES_MAX,
-        )
+        self._http = StripeHttp(self._settings, self._session, self._budget)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -149,7 +123,7 @@ class StripeGateway:
 
     async def refund(self, parameters: Mapping[str, object], idempotency_key: str, api_version: str) -> RefundView:
         """Make a refund. Raises StripeRefused or StripeUnavailable."""
-        options = {"idempotency_key": idempotency_key, "stripe_version": api_version}
+        options = {"idempotency_key": idempotency_key, "api_version": api_version}
         body = await self._call("refund", "post", "/v1/refunds", {**parameters, "expand": EXPAND_REFUND}, options)
         return _decoded(body, RefundObject).view()
 
@@ -194,17 +168,19 @@ class StripeGateway:
     async def _post(
         self, call: str, path: str, parameters: Mapping[str, object], idempotency_key: str, api_version: str
     ) -> IntentObject:
-        options = {"idempotency_key": idempotency_key, "stripe_version": api_version}
+        options = {"idempotency_key": idempotency_key, "api_version": api_version}
         return _decoded(await self._call(call, "post", path, parameters, options), IntentObject)
 
-    async def _call(self, call: str, method: str, path: str, parameters: Mapping[str, object], options: Mapping[str, str]) -> str:
+    async def _call(
+        self, call: str, method: str, path: str, parameters: Mapping[str, object], options: Mapping[str, str]
+    ) -> bytes:
         async with self._slots:
             if not self._breaker.allowance(1):
                 CALLS.labels(call, "held_back").inc()
                 raise StripeUnavailable("Stripe gave no usable answers; it is asked again in a moment")
             self._breaker.probing()
             try:
-                body = await self._asked(call, method, path, {**parameters, **options})
+                body = await self._asked(call, method, path, parameters, options)
             except StripeStored:
                 self._breaker.success()  # Stripe answers; it is this one request that has gone wrong for good
                 raise
@@ -223,48 +199,61 @@ class StripeGateway:
             self._breaker.success()
             return body
 
-    async def _asked(self, call: str, method: str, path: str, parameters: Mapping[str, object]) -> str:
-        """One call with the library's retries, within DEADLINE_S."""
-        assert self._client is not None, "open the gateway first"
+    async def _asked(
+        self, call: str, method: str, path: str, parameters: Mapping[str, object], options: Mapping[str, str]
+    ) -> bytes:
+        """One call with the library's retries, within DEADLINE_S; the body of a good answer."""
+        assert self._http is not None, "open the gateway first"
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(DEADLINE_S):
-                answer = await self._client.raw_request_async(method, path, **parameters)
-        except stripe.StripeError as error:
-            failure = self._error(error)
-            CALLS.labels(call, failure.slug).inc()
-            raise failure from error
-        except (aiohttp.ClientError, TimeoutError) as error:  # the body broke off after the headers, or the deadline is over
-            CALLS.labels(call, StripeUnavailable.slug).inc()
+                answer = await self._http.ask(method, path, parameters, **options)
+        except (stripe.StripeError, aiohttp.ClientError, TimeoutError) as error:  # no answer, or one that broke off
+            _calls(call, StripeUnavailable.slug).inc()
             raise StripeUnavailable(f"{path}: {error!r}") from error
         finally:
-            SECONDS.labels(call).observe(time.monotonic() - started_s)
-        CALLS.labels(call, "ok").inc()
-        return str(answer.body)
-
-    @staticmethod
-    def _error(error: stripe.StripeError) -> OncepayError:
-        """Map the library's error classes to ours.
-
-        Only Stripe's own 400, 402 and 404 say no to the request. All else leaves the outcome unknown, or says nothing of the
-        payment: no answer, a 409, 429 or 5xx, a key that may not (401, 403), an answer that somebody in between has made.
-        """
-        try:
-            answer = msgspec.json.decode(error.http_body if isinstance(error.http_body, str) else "", type=ErrorAnswer).error
-        except msgspec.DecodeError:
-            answer = None
-        if answer is not None and isinstance(error, stripe.CardError):
-            failure, charge = failure_of(answer)
-            return Declined(failure, charge, answer.payment_intent.view() if answer.payment_intent else None)
-        if answer is not None and isinstance(error, stripe.InvalidRequestError):
-            return StripeRefused(answer)
-        replayed = str((error.headers or {}).get("Idempotent-Replayed", "")).lower() == "true"
-        if replayed or isinstance(error, stripe.IdempotencyError):  # other parameters: those of another version of this code
-            return StripeStored(str(error))
-        return StripeUnavailable(str(error))
+            _seconds(call).observe(time.monotonic() - started_s)
+        if 200 <= answer.status < 300:
+            _calls(call, "ok").inc()
+            return answer.body
+        failure = failure_from(answer)
+        _calls(call, failure.slug).inc()
+        raise failure
 
 
-def _decoded(body: str, kind: type[T]) -> T:
+@functools.cache
+def _calls(call: str, outcome: str) -> Counter:
+    return CALLS.labels(call, outcome)
+
+
+@functools.cache
+def _seconds(call: str) -> Histogram:
+    return SECONDS.labels(call)
+
+
+def failure_from(answer: Answer) -> OncepayError:
+    """What an answer other than 2xx means.
+
+    Only Stripe's own 400, 402 and 404 say no to the request. All else leaves the outcome unknown, or says nothing of the
+    payment: a 409, 429 or 5xx, a key that may not (401, 403), an answer that somebody in between has made.
+    """
+    try:
+        error: ErrorObject | None = msgspec.json.decode(answer.body, type=ErrorAnswer).error
+    except msgspec.DecodeError:
+        error = None
+    text = f"{answer.status} {(error.message or error.code or error.type) if error else 'without a reason'}"
+    other_parameters = error is not None and error.type == "idempotency_error"  # those of another version of this code
+    if error is not None and answer.status == 402:
+        failure, charge = failure_of(error)
+        return Declined(failure, charge, error.payment_intent.view() if error.payment_intent else None)
+    if error is not None and answer.status in {400, 404} and not other_parameters and error.code != "rate_limit":
+        return StripeRefused(error)
+    if answer.replayed or (other_parameters and answer.status in {400, 404}):
+        return StripeStored(text)
+    return StripeUnavailable(text)
+
+
+def _decoded(body: bytes, kind: type[T]) -> T:
     """An answer's body. What can't be read leaves the outcome unknown, like no answer."""
     try:
         return msgspec.json.decode(body, type=kind)
