@@ -319,6 +319,13 @@ def parser(kind: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--name", default=f"{kind}-1", help="this process's name in logs and records (default: %(default)s)")
     made.add_argument("--port", type=int, required=True, help="the port that the service's processes share")
     made.add_argument("--own-port", type=int, help="a port of this process alone, for health checks and load balancers")
+    made.add_argument(
+        "--drain-s",
+        type=float,
+        default=DRAIN_S,
+        help="seconds from SIGTERM, and /readyz 503, to the ports' end: longer than a load balancer needs to notice "
+        "(default: %(default)s)",
+    )
     made.add_argument("--host", help="the address to listen on (default: the settings' host)")
     return made
 
@@ -372,7 +379,7 @@ def run(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.stopping.set)
-        return await service.serve(start, sockets)
+        return await service.serve(start, sockets, drain_s=args.drain_s)
 
     import uvloop
 
