@@ -300,10 +300,13 @@ class BringUp:
                 name = next(iter(left))
                 why = f"; {probes[name].why}" if probes.get(name) and probes[name].why else ""
                 self._fail(name, f"not ready after {self.timeout_s:g} s (nor: {', '.join(left)}){why}")
-            probes = probe_all(left.values())
+            # A node counts once its shard has a quorum, which only the leader tells, ready or not: so all nodes are asked.
+            probes = probe_all(program for program in self.programs if program.name in left or program.part == "nodes")
             states = self.supervisor.states()
             self._note_nodes(probes)
             for name, probe in probes.items():
+                if name not in left:
+                    continue
                 pid = states[name].pid
                 if pid:
                     pids[name].add(pid)
