@@ -301,7 +301,13 @@ def test_a_start_that_was_cut_off_starts_anew(cluster_folder: Path) -> None:
 def test_an_interrupted_start_leaves_nothing_running(cluster_folder: Path) -> None:
     home = cluster_folder / "interrupted"
     environment = {**os.environ, "ONCEPAY_HOME": str(home), "ONCEPAY_PORT_BASE": str(free_base())}
-    starting = subprocess.Popen([*COMMAND, "up", "--only", "etcd,nodes"], env=environment, stderr=subprocess.PIPE, text=True)
+    starting = subprocess.Popen(
+        [*COMMAND, "up", "--only", "etcd,nodes"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     try:
         until(lambda: any(home.glob("nodes/*/data/PG_VERSION")), 60)
         starting.send_signal(signal.SIGINT)
