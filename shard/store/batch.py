@@ -136,6 +136,8 @@ class Batcher:
         self._busy = 0
         self._barrier_session: asyncpg.Connection | None = None
         self._barrier_lock = asyncio.Lock()
+        self.barrier_lost = asyncio.Event()
+        """Set when the barrier's session has ended: a node that shuts down ends its sessions, but not its walsenders."""
         self._writes: set[asyncio.Task[asyncpg.Record]] = set()
         self._reader_session: asyncpg.Connection | None = None
         self._reader_lock = asyncio.Lock()
@@ -399,6 +401,7 @@ class Batcher:
                 if connection is None or connection.is_closed():
                     node = await self._leaders.wait(self.shard, CONNECT_S)
                     connection = self._barrier_session = await self._opened(node)
+                    connection.add_termination_listener(lambda _: self.barrier_lost.set())
                 row = await connection.fetchrow(query, *arguments)
                 await self._prove(connection)
             except (

@@ -57,6 +57,7 @@ class Feed:
         name: str,
         epoch: int,
         barrier: Callable[[str], Awaitable[None]],
+        barrier_lost: asyncio.Event,
         forwarder: Forwarder,
         on_certain: Callable[[Transaction], None],
     ) -> None:
@@ -70,6 +71,7 @@ class Feed:
         self._name = name
         self._epoch = epoch
         self._barrier = barrier
+        self._barrier_lost = barrier_lost
         self._forwarder = forwarder
         self._on_certain = on_certain
         self._sieve = Sieve()
@@ -148,8 +150,11 @@ class Feed:
         metrics.CONNECTS.labels(self._shard, "open").inc()
         if self._leaders.current(self._shard) not in (None, stream.node):
             stream.connection.close()
+        self._barrier_lost.clear()
+        self._wanted.set()  # one barrier at once, so that there is a session whose end would be seen
         tasks = [
             asyncio.create_task(self._read(stream), name="feed-read"),
+            asyncio.create_task(self._leave_a_closing_node(), name="feed-leave"),
             asyncio.create_task(self._barriers(stream), name="feed-barriers"),
             asyncio.create_task(self._forwarder.reread.wait(), name="feed-reread"),
         ]
@@ -168,6 +173,14 @@ class Feed:
             if error is not None:
                 raise error
         return None
+
+    async def _leave_a_closing_node(self) -> None:
+        """Return when the barrier's session has ended.
+
+        A node that shuts down waits for its walsenders until they have confirmed everything, and keeps them alive. What
+        no barrier has made certain is never confirmed, so a planned change of leader would wait for ever.
+        """
+        await self._barrier_lost.wait()
 
     async def _read(self, stream: Stream) -> None:
         """Take messages in; reading stops while the forwarder has too much."""

@@ -88,7 +88,8 @@ class Worker:
         self.cache.begin_fill()
         self.forwarder = Forwarder(self._http, self._settings, self.shard, epoch)
         self.feed = Feed(
-            self.shard, self._shards.leaders, self._settings, self.name, epoch, batcher.barrier, self.forwarder,
+            self.shard, self._shards.leaders, self._settings, self.name, epoch, batcher.barrier, batcher.barrier_lost,
+            self.forwarder,
             lambda transaction: self.cache.changed_all(transaction.payments),
         )  # fmt: skip
         self._set_active(True)

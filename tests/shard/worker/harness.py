@@ -246,7 +246,7 @@ async def running_feed(shard: ShardDatabase, settings: Settings, epoch: int | No
     seen: list[Transaction] = []
     async with aiohttp.ClientSession() as http:
         forwarder = Forwarder(http, settings, SHARD, epoch)
-        feed = Feed(SHARD, shard.leaders, settings, "worker-s0-1", epoch, shard.barrier, forwarder, seen.append)
+        feed = Feed(SHARD, shard.leaders, settings, "worker-s0-1", epoch, shard.barrier, asyncio.Event(), forwarder, seen.append)
         running = RunningFeed(feed, forwarder, seen)
         running.tasks = [asyncio.create_task(feed.run()), asyncio.create_task(forwarder.run())]
         try:
