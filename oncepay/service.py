@@ -28,6 +28,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from time import perf_counter
+from typing import NamedTuple
 
 from aiohttp import web
 
@@ -85,6 +86,14 @@ def request_id(request: web.Request) -> str:
     return request[_REQUEST_ID]
 
 
+class Route(NamedTuple):
+    """What is served under a path as it was registered; scope None: to everybody."""
+
+    method: str
+    path: str
+    scope: Scope | None
+
+
 class Service:
     """One process of a service, while it runs."""
 
@@ -109,7 +118,7 @@ class Service:
         self.app = web.Application(client_max_size=body_limit_bytes)
         self._checks: dict[str, Check] = {}
         self._openapi: object = None
-        self._routes: list[tuple[str, str]] = []
+        self._routes: list[Route] = []
         self._ids = map(f"{os.urandom(6).hex()}-{{:x}}".format, itertools.count(1))
         self._tasks: set[asyncio.Task[None]] = set()
         self._keys = Mirror(self.etcd, PREFIX)
@@ -129,11 +138,11 @@ class Service:
             self.app.router.add_get(pattern, wrapped)
         else:
             self.app.router.add_route(method, pattern, wrapped)
-        self._routes.append((method, path))
+        self._routes.append(Route(method, path, scope))
 
     @property
-    def routes(self) -> tuple[tuple[str, str], ...]:
-        """What is served: methods and paths, as they were registered."""
+    def routes(self) -> tuple[Route, ...]:
+        """What is served, in the order in which it was registered."""
         return tuple(self._routes)
 
     def check(self, name: str, check: Check) -> None:

@@ -11,6 +11,7 @@ from oncepay.errors import EtcdUnavailable, ShardUnavailable
 from oncepay.service import Service, run
 from oncepay.stripe_client import StripeGateway
 from router.commands import Commands
+from router.docs import docs_page
 from router.fees import Fees
 from router.inflight import InFlight
 from router.lists import Lists
@@ -52,6 +53,7 @@ async def start(service: Service) -> AsyncIterator[None]:
         service.route("PUT", "/v1/sellers/{id}", sellers.put, scope="operate")
         service.route("GET", "/v1/sellers/{id}", sellers.show, scope="read")
         service.route("POST", "/v1/webhooks/stripe", webhooks.receive)
+        service.route("GET", "/docs", docs_page(document()))
         service.openapi(document())
 
         async def store_ready() -> None:
