@@ -37,6 +37,8 @@ WAITING_MAX = 20_000
 EVIDENCE_S = 5.0
 """How long a commit's evidence may take before the outcome is called unknown."""
 EVIDENCE_PAUSES_S = (0.0, 0.001, 0.002, 0.005, 0.01)
+STOP_S = 5.0
+"""How long a store that stops waits for its batches in flight."""
 CONNECT_S = 5.0
 RETRY_S = 0.25
 
@@ -92,6 +94,10 @@ class Answer(msgspec.Struct, frozen=True):
     event: str = ""
 
 
+class _Unsendable(Exception):
+    """A row can't be put into arrays. Nothing was sent."""
+
+
 class Connect(Protocol):
     """Opens a session to a node."""
 
@@ -134,6 +140,7 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._connections: set[asyncpg.Connection] = set()
         self._busy = 0
+        self._given_up = 0
         self._barrier_session: asyncpg.Connection | None = None
         self._barrier_lock = asyncio.Lock()
         self.barrier_lost = asyncio.Event()
@@ -150,7 +157,7 @@ class Batcher:
 
     async def stop(self) -> None:
         """Let the batches in flight end (bounded), then close."""
-        deadline_s = time.monotonic() + 5
+        deadline_s = time.monotonic() + STOP_S
         while (self._waiting or self._busy) and time.monotonic() < deadline_s:  # noqa: ASYNC110 (bounded, at the very end)
             await asyncio.sleep(0.02)
         for connection in list(self._connections):
@@ -175,11 +182,18 @@ class Batcher:
         return (await self._submit(_Operation(asyncio.get_running_loop().create_future(), key=intent, by_intent=True))).payment
 
     async def _submit(self, operation: _Operation) -> Answer:
+        if len(self._waiting) >= WAITING_MAX and self._given_up:
+            self._waiting = deque(waiting for waiting in self._waiting if not waiting.future.done())
+            self._given_up = 0
         if len(self._waiting) >= WAITING_MAX:
             raise TooBusy(f"{WAITING_MAX} operations wait for shard {self.shard}")
         self._waiting.append(operation)
         self._arrived.set()
-        return await operation.future
+        try:
+            return await operation.future
+        except asyncio.CancelledError:
+            self._given_up += 1
+            raise
 
     def _leader_changed(self, shard: str) -> None:
         """A deposed leader keeps its sockets open: drop them, without a cancel request."""
@@ -261,10 +275,14 @@ class Batcher:
                 _log.warning("batch refused", shard=self.shard, rows=len(batch), error=repr(error))
                 self._fail(batch, _refusal(error))
             else:
-                middle = len(batch) // 2
-                await self._send(connection, batch[:middle])
-                await self._send(connection, batch[middle:])
+                await self._send_halves(connection, batch)
             BATCHES.labels(self.shard, "error").inc()
+            return
+        except _Unsendable as error:
+            if len(batch) == 1:
+                self._fail(batch, InvalidField(f"the row can't be stored: {error}"))
+            else:
+                await self._send_halves(connection, batch)
             return
         except (OSError, OutcomeUnknown, asyncpg.InterfaceError) as error:
             self._unknown(connection, batch, error)
@@ -278,14 +296,22 @@ class Batcher:
         ROWS.labels(self.shard).observe(len(batch))
         self._answer(batch, rows)
 
+    async def _send_halves(self, connection: asyncpg.Connection, batch: list[_Operation]) -> None:
+        middle = len(batch) // 2
+        await self._send(connection, batch[:middle])
+        await self._send(connection, batch[middle:])
+
     async def _commit(self, connection: asyncpg.Connection, batch: list[_Operation]) -> Sequence[Mapping[str, Any]]:
         batch.sort(key=lambda o: (o.put is None, o.by_intent, o.slot, o.key))
         puts = [o.put for o in batch if o.put is not None]
         gets = [o for o in batch if o.put is None and o.slot >= 0]
         ranges = sorted({self._maps.current.range_of(o.slot).first for o in batch if o.put is not None})
-        columns = put_arrays(puts)
+        try:
+            arrays = [*put_arrays(puts), *entry_arrays(puts)]
+        except (ValueError, TypeError, OverflowError, msgspec.MsgspecError) as error:
+            raise _Unsendable(repr(error)) from error
         rows: Sequence[Mapping[str, Any]] = await connection.fetch(
-            _CALL, ranges, self.epoch, self._actor, f"{self._actor}:{next(self._nonces)}", *columns, *entry_arrays(puts),
+            _CALL, ranges, self.epoch, self._actor, f"{self._actor}:{next(self._nonces)}", *arrays,
             [o.slot for o in gets], [o.key for o in gets], [o.entries for o in gets], [o.key for o in batch if o.by_intent],
         )  # fmt: skip
         return rows
@@ -356,9 +382,20 @@ class Batcher:
         return self.epoch
 
     async def read(self, query: str, *arguments: object) -> Sequence[Mapping[str, Any]]:
-        """Rows of a query (lists, not single payments), answered only behind the barrier."""
-        async with self._reader_lock:
-            return await self._read(query, arguments)
+        """Rows of a query (lists, not single payments), answered only behind the barrier.
+
+        The barrier's commit goes on when the caller gives up. Raises ShardUnavailable, or InvalidField when the database
+        refused an argument.
+        """
+        await self._reader_lock.acquire()
+        reading = asyncio.create_task(self._read(query, arguments))
+        reading.add_done_callback(self._has_read)
+        return await asyncio.shield(reading)
+
+    def _has_read(self, reading: asyncio.Task[Sequence[Mapping[str, Any]]]) -> None:
+        self._reader_lock.release()
+        if not reading.cancelled():
+            reading.exception()  # its caller may have gone
 
     async def _read(self, query: str, arguments: tuple[object, ...]) -> Sequence[Mapping[str, Any]]:
         connection = self._reader_session
@@ -370,6 +407,8 @@ class Batcher:
             await connection.fetchval("select pg_logical_emit_message(true, 'oncepay', $1::text)", f"{self._actor} list")
             await self._prove(connection)
         except (OSError, TimeoutError, OutcomeUnknown, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            if isinstance(error, asyncpg.PostgresError) and (_is_data(error) or _is_schema(error)):
+                raise _refusal(error) from error
             if connection is not None:
                 connection.terminate()
             raise ShardUnavailable(f"shard {self.shard}: {error!r}") from error

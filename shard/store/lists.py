@@ -16,10 +16,10 @@ from typing import Any
 
 import msgspec
 
-from oncepay.errors import InvalidField, ShardUnavailable
+from oncepay.errors import InvalidField
 from oncepay.payment import Payment
 from shard.store.rows import milliseconds, moment, payment_of
-from shard.store.store import HOLD_S, Shards
+from shard.store.store import Shards
 
 LIMIT_DEFAULT, LIMIT_MAX = 20, 100
 SCAN_MAX = 5_000
@@ -73,14 +73,12 @@ async def list_disputed(store: Shards, *, limit: int, cursor: Cursor | None) -> 
 
 
 async def _merged(store: Shards, query: str, limit: int, *arguments: object) -> Page:
-    shards = store.maps.current.shards()
-    reads = asyncio.gather(*(store.batcher(shard).read(query, *arguments) for shard in shards))
-    try:
-        pages = await asyncio.wait_for(asyncio.shield(reads), HOLD_S)  # the barrier's commit is never cut off
-    except TimeoutError:
-        reads.add_done_callback(lambda done: done.cancelled() or done.exception())
-        raise ShardUnavailable(f"a list took longer than {HOLD_S:.0f} s") from None
-    return merge(pages, limit)
+    async def attempt() -> Page:
+        shards = store.maps.current.shards()
+        pages = await asyncio.gather(*(store.batcher(shard).read(query, *arguments) for shard in shards))
+        return merge(pages, limit)
+
+    return await store.hold(attempt)
 
 
 def merge(pages: Sequence[Sequence[Mapping[str, Any]]], limit: int) -> Page:

@@ -26,7 +26,7 @@ from oncepay.ports import StaleView
 from oncepay.settings import Settings
 from oncepay.shardmap import MapWatch
 from oncepay.transition import Event, IntentSeen, move
-from shard.store.batch import Batcher, EntryView
+from shard.store.batch import Answer, Batcher, EntryView
 from shard.store.leader import Leaders
 from shard.store.rows import Put
 
@@ -129,13 +129,13 @@ class Shards:
 
     async def by_intent(self, intent: str) -> Payment | None:
         """The row that names a PaymentIntent, on whichever shard it is. Raises ShardUnavailable or OutcomeUnknown."""
-        shards = self.maps.current.shards()
-        try:
-            async with asyncio.timeout(HOLD_S):
-                found = await asyncio.gather(*(self.batcher(shard).by_intent(intent) for shard in shards))
-        except TimeoutError:
-            raise ShardUnavailable(f"a shard gave no answer in {HOLD_S:.0f} s") from None
-        return next((payment for payment in found if payment is not None), None)
+
+        async def attempt() -> Payment | None:
+            shards = self.maps.current.shards()
+            found = await asyncio.gather(*(self.batcher(shard).by_intent(intent) for shard in shards))
+            return next((payment for payment in found if payment is not None), None)
+
+        return await self.hold(attempt)
 
     async def apply(self, payment: Payment, *events: Event, event: str) -> Payment:
         """Apply events to a row in one commit and return the row as it is then. `event` names the reason in the row.
@@ -147,21 +147,42 @@ class Shards:
             put = self._put(payment, events, event)
             if put is None:
                 return payment
-            try:
-                answer = await self._held(payment.key, lambda batcher, put=put: batcher.put(put))  # type: ignore[misc]
-            except OutcomeUnknown:
-                current = await self.get(payment.key)
-                if current is None:
-                    raise
-            else:
-                if answer.outcome == "done":
-                    return put.payment
-                current = answer.payment
-                if current is None:
-                    raise NotFound(f"there is no payment {payment.key}")
+            current, is_own = await self._compared(put)
+            if is_own:
+                return put.payment
             if any(_goes_stale(item) for item in events):
                 raise StaleView(current)
             payment = current
+
+    async def _compared(self, put: Put) -> tuple[Payment, bool]:
+        """Commit a change that is compared by version: `(the row as it is then, whether that is this very change)`.
+
+        A try whose outcome was unknown may have been committed; then the next one finds its version gone. The row tells:
+        no other change is alike in everything, to the millisecond.
+        """
+        is_unknown = False
+
+        async def attempt(batcher: Batcher) -> Answer:
+            nonlocal is_unknown
+            try:
+                return await batcher.put(put)
+            except OutcomeUnknown:
+                is_unknown = True
+                raise
+
+        try:
+            answer = await self._held(put.payment.key, attempt)
+        except OutcomeUnknown:
+            current = await self.get(put.payment.key)
+            if current is None:
+                raise
+        else:
+            if answer.outcome == "done":
+                return put.payment, True
+            current = answer.payment
+            if current is None:
+                raise NotFound(f"there is no payment {put.payment.key}")
+        return current, is_unknown and current == put.payment
 
     def _put(self, payment: Payment, events: tuple[Event, ...], event: str) -> Put | None:
         moved_payment = payment

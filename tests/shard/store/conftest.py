@@ -15,6 +15,7 @@ from oncepay.etcd import Etcd
 from oncepay.keys import slot
 from oncepay.payment import Key, Payment, Status, Terms
 from shard.store.store import Shards
+from tests.shard.store.trouble import until_whole
 
 MakePayment = Callable[..., Payment]
 
@@ -49,6 +50,14 @@ async def leader(cluster: Cluster, store: Shards) -> AsyncIterator[asyncpg.Conne
         yield connection
     finally:
         await connection.close()
+
+
+@pytest.fixture
+async def whole(cluster: Cluster, store: Shards) -> AsyncIterator[None]:
+    """All three nodes of s0 are there before a test that does something to them, and after it."""
+    await until_whole(cluster, store)
+    yield
+    await until_whole(cluster, store)
 
 
 @pytest.fixture
