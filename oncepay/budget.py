@@ -75,6 +75,8 @@ class Share:
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self.rate_per_s = 0.0
+        self._spent = SPENT.labels(endpoint)
+        self._waiting_now = WAITING.labels(endpoint)
         self._next_s = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._pump: asyncio.Task[None] | None = None
@@ -92,7 +94,7 @@ class Share:
             raise BudgetShort(f"{WAITING_MAX} requests wait for the rate budget of {self.endpoint}")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        WAITING.labels(self.endpoint).set(len(self._waiting))
+        self._waiting_now.set(len(self._waiting))
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._release())
         try:
@@ -108,7 +110,7 @@ class Share:
         if self._next_s > now_s:
             return False
         self._next_s += 1 / self.rate_per_s
-        SPENT.labels(self.endpoint).inc()
+        self._spent.inc()
         return True
 
     async def _release(self) -> None:
@@ -122,7 +124,7 @@ class Share:
                 future.set_result(None)
             else:
                 await asyncio.sleep(min(0.1, max(0.001, self._next_s - time.monotonic())))
-        WAITING.labels(self.endpoint).set(0)
+        self._waiting_now.set(0)
 
 
 class _Member(msgspec.Struct):

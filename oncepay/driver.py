@@ -164,7 +164,8 @@ class Driver:
         after = await self._store.apply(payment, *events, event=event)
         if after is not payment:
             STEPS.labels(event).inc()
-            _log.info("moved", key=after.key, status=after.status, version=after.version, event_name=event)
+            log = _log.info if after.settled else _log.debug
+            log("moved", key=after.key, status=after.status, version=after.version, event_name=event)
             self._on_move(after)
         return after
 

@@ -94,7 +94,7 @@ class StripeGateway:
         secure = self._settings.base_url.startswith("https")
         context = ssl.create_default_context(cafile=stripe.ca_bundle_path) if secure else False
         connector = aiohttp.TCPConnector(limit=CONCURRENCY_MAX, ssl=context, keepalive_timeout=30)
-        self._session = aiohttp.ClientSession(connector=connector)
+        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         self._http = StripeHttp(self._settings, self._session, self._budget)
         return self
 
