@@ -140,6 +140,7 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._connections: set[asyncpg.Connection] = set()
         self._busy = 0
+        self._stopping = False
         self._given_up = 0
         self._barrier_session: asyncpg.Connection | None = None
         self._barrier_lock = asyncio.Lock()
@@ -160,6 +161,7 @@ class Batcher:
         deadline_s = time.monotonic() + STOP_S
         while (self._waiting or self._busy) and time.monotonic() < deadline_s:  # noqa: ASYNC110 (bounded, at the very end)
             await asyncio.sleep(0.02)
+        self._stopping = True
         for connection in list(self._connections):
             connection.terminate()  # first: a task that is canceled in a commit would have Postgres cancel it
         while self._busy and time.monotonic() < deadline_s + 1:  # noqa: ASYNC110 (its connection is gone: it ends at once)
@@ -167,6 +169,8 @@ class Batcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for connection in list(self._connections):
+            connection.terminate()  # one that was opened meanwhile
         self._fail(list(self._waiting), ShardUnavailable(f"{self.shard}: this process ends"))
 
     async def put(self, put: Put) -> Answer:
@@ -204,7 +208,7 @@ class Batcher:
     async def _write(self) -> None:
         """One writer: takes what has come in, sends it, answers. It never ends but by being canceled while idle."""
         connection: asyncpg.Connection | None = None
-        while True:
+        while not self._stopping:
             while not self._waiting:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -231,7 +235,8 @@ class Batcher:
             return None
 
     async def _opened(self, node: Node) -> asyncpg.Connection:
-        connection = await asyncio.wait_for(self._connect(node.host, node.port), CONNECT_S)
+        async with asyncio.timeout(CONNECT_S):  # wait_for can lose a cancel that comes when it is done
+            connection = await self._connect(node.host, node.port)
         if self._leaders.current(self.shard) not in (None, node):  # the change was told while this one wasn't known yet
             connection.terminate()
             raise ShardUnavailable(f"{node.name} no longer leads {self.shard}")
