@@ -9,6 +9,7 @@ leader its connection is dropped without a word.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -28,6 +29,11 @@ from shard.store.leader import Leaders, Node
 from shard.store.rows import Put, entry_arrays, payment_of, put_arrays
 
 WRITERS = 2
+CROWD = 64
+"""Operations that wait while a batch is in flight, from which on a second batch is sent beside it. Below, one larger batch costs
+less than two."""
+PATIENCE_S = 0.05
+"""How long a batch may be in flight before what waits behind it goes another way."""
 ROWS_MAX = 400
 """Operations in one batch."""
 WRITES_MAX = 1_000
@@ -141,6 +147,11 @@ class Batcher:
         self._connections: set[asyncpg.Connection] = set()
         self._busy = 0
         self._stopping = False
+        self._sent_s = 0.0
+        self._crowded = asyncio.Event()
+        self._done = BATCHES.labels(shard, "done")
+        self._rows = ROWS.labels(shard)
+        self._seconds = SECONDS.labels(shard)
         self._given_up = 0
         self._barrier_session: asyncpg.Connection | None = None
         self._barrier_lock = asyncio.Lock()
@@ -193,6 +204,8 @@ class Batcher:
             raise TooBusy(f"{WAITING_MAX} operations wait for shard {self.shard}")
         self._waiting.append(operation)
         self._arrived.set()
+        if len(self._waiting) >= CROWD:
+            self._crowded.set()
         try:
             return await operation.future
         except asyncio.CancelledError:
@@ -209,19 +222,32 @@ class Batcher:
         """One writer: takes what has come in, sends it, answers. It never ends but by being canceled while idle."""
         connection: asyncpg.Connection | None = None
         while not self._stopping:
-            while not self._waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
+            await self._wanted()
             if connection is None or connection.is_closed():
                 connection = await self._session()
                 continue
             batch = self._take()
             if batch:
                 self._busy += 1
+                self._sent_s = time.monotonic()
                 try:
                     await self._send(connection, batch)
                 finally:
                     self._busy -= 1
+
+    async def _wanted(self) -> None:
+        """Return when a batch is to be sent: something waits, and no other batch is in flight, or a crowd waits behind it."""
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        while self._busy and 0 < len(self._waiting) < CROWD:
+            patience_s = self._sent_s + PATIENCE_S - time.monotonic()
+            if patience_s <= 0:
+                return
+            self._crowded.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    await self._crowded.wait()
 
     async def _session(self) -> asyncpg.Connection | None:
         """A session on the leader, or None after a pause. Operations wait meanwhile; their callers have bounds."""
@@ -296,9 +322,9 @@ class Batcher:
             _log.exception("batch failed", shard=self.shard, rows=len(batch))
             self._unknown(connection, batch, error)
             return
-        SECONDS.labels(self.shard).observe(time.monotonic() - started_s)
-        BATCHES.labels(self.shard, "done").inc()
-        ROWS.labels(self.shard).observe(len(batch))
+        self._seconds.observe(time.monotonic() - started_s)
+        self._done.inc()
+        self._rows.observe(len(batch))
         self._answer(batch, rows)
 
     async def _send_halves(self, connection: asyncpg.Connection, batch: list[_Operation]) -> None:
