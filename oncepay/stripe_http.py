@@ -7,10 +7,11 @@ it pauses stay the package's; bodies are read once, by whoever knows their type.
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote_plus, urlsplit
 
 import aiohttp
 import stripe
@@ -85,7 +86,13 @@ class StripeHttp:
 
 def form(parameters: Mapping[str, object]) -> str:
     """Parameters as Stripe reads them: members as `a[b]`, items of lists as `a[0]`, booleans in lower case."""
-    return urlencode([pair for name, value in parameters.items() for pair in _pairs(name, value)])
+    pairs = [pair for name, value in parameters.items() for pair in _pairs(name, value)]
+    return "&".join([f"{_quoted_name(name)}={quote_plus(value)}" for name, value in pairs])
+
+
+@functools.lru_cache(1024)
+def _quoted_name(name: str) -> str:
+    return quote_plus(name)
 
 
 def _pairs(name: str, value: object) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from oncepay.budget import Budget
 from oncepay.driver import Driver
 from oncepay.errors import EtcdUnavailable, ShardUnavailable
+from oncepay.payment import Payment
 from oncepay.service import Service, run
 from oncepay.stripe_client import StripeGateway
 from router.commands import Commands
@@ -19,7 +20,7 @@ from router.macs import Macs
 from router.openapi import document
 from router.payments import PaymentCalls
 from router.sellers import Sellers
-from router.webhooks import Secrets, StripeWebhooks
+from router.webhooks import Finished, Secrets, StripeWebhooks
 from shard.store.store import Shards
 
 STOP_S = 8.0
@@ -35,12 +36,18 @@ async def start(service: Service) -> AsyncIterator[None]:
     fees = Fees(store, refuse_unknown=settings.fee.unknown_sellers == "refuse")
     budget = Budget(service.etcd, settings.stripe, name=service.name, role="router")
     async with StripeGateway(settings.stripe, budget) as stripe:
-        driver = Driver(store, stripe, in_flight.moved)
+        finished = Finished()
+
+        def moved(payment: Payment) -> None:
+            finished.moved(payment)
+            in_flight.moved(payment)
+
+        driver = Driver(store, stripe, moved)
         payments = PaymentCalls(settings, store, fees, driver, in_flight, macs)
         commands = Commands(settings, store, driver, in_flight, macs)
         lists = Lists(store, stripe, driver)
         sellers = Sellers(store, fees, service.name)
-        webhooks = StripeWebhooks(store, driver, Secrets(settings.stripe.webhook_secret_files))
+        webhooks = StripeWebhooks(store, driver, Secrets(settings.stripe.webhook_secret_files), finished)
         service.route("POST", "/v1/payments", payments.submit, scope="pay")
         service.route("GET", "/v1/payments/{key}", payments.show, scope="read")
         service.route("GET", "/v1/payments", lists.payments, scope="read")

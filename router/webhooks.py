@@ -24,6 +24,8 @@ from shard.store.store import Shards
 
 TOLERANCE_S = 300
 SECRETS_AGE_S = 5.0
+FINISHED_MAX = 2_000
+"""Finished payments that are remembered; the oldest is forgotten for a newer one."""
 
 _TERMINAL = frozenset({"payment_intent.succeeded", "payment_intent.canceled"})
 _LOOK = frozenset(
@@ -66,12 +68,36 @@ class Secrets:
         return self._secrets
 
 
+class Finished:
+    """Payments that this process has lately brought to their end, as they were committed.
+
+    Their webhooks come a moment later and mostly say what is known. Such a row was behind the quorum when it was put here, and
+    a terminal one never becomes another, so it need not be read again; what changes it after all is compared by version.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Payment] = {}
+
+    def moved(self, payment: Payment) -> None:
+        """A row that was committed."""
+        self._rows.pop(payment.key, None)
+        if payment.terminal and not payment.open_work:
+            self._rows[payment.key] = payment
+            if len(self._rows) > FINISHED_MAX:
+                del self._rows[next(iter(self._rows))]
+
+    def get(self, key: str) -> Payment | None:
+        """The row, if it is remembered."""
+        return self._rows.get(key)
+
+
 class StripeWebhooks:
     """The handler of /v1/webhooks/stripe."""
 
-    def __init__(self, store: Shards, driver: Driver, secrets: Secrets) -> None:
+    def __init__(self, store: Shards, driver: Driver, secrets: Secrets, finished: Finished) -> None:
         self._store = store
         self._driver = driver
+        self._finished = finished
         self._secrets = secrets
 
     async def receive(self, request: web.Request) -> web.Response:
@@ -136,4 +162,6 @@ class StripeWebhooks:
             if found is not None:
                 return found
             key = await self._driver.key_at_stripe(intent)
-        return await self._store.get(key) if key else None
+        if not key:
+            return None
+        return self._finished.get(key) or await self._store.get(key)
