@@ -7,6 +7,7 @@ epoch on that shard's batcher.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import secrets
 import time
@@ -50,6 +51,7 @@ class Shards:
         self.leaders = Leaders(etcd)
         self.maps = MapWatch(etcd)
         self._batchers: dict[str, Batcher] = {}
+        self._events = map(f"{secrets.token_hex(8)}-{{:x}}".format, itertools.count(1))
 
     async def start(self, timeout_s: float = 60.0) -> None:
         """Begin to watch the map and the leaders. Raises EtcdUnavailable after `timeout_s`."""
@@ -98,7 +100,7 @@ class Shards:
 
         The caller compares fingerprints. Raises ShardUnavailable or OutcomeUnknown after the hold, TooBusy at once.
         """
-        event = f"{event} {secrets.token_hex(8)}"
+        event = f"{event} {next(self._events)}"
         put = Put(payment, 0, event)
 
         async def attempt(batcher: Batcher) -> tuple[Payment, bool]:
