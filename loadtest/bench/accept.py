@@ -58,7 +58,7 @@ def superuser_dsn(running: Running) -> str:
 
 
 async def rows(dsn: str, table: str) -> int:
-    """How many rows a table has."""
+    """How many rows a table has (or a table with a condition)."""
     connection = await asyncpg.connect(dsn)
     try:
         return int(await connection.fetchval(f"select count(*) from {table}"))
