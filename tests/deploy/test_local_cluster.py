@@ -231,7 +231,7 @@ def test_all_data_is_there_after_a_kill_and_another_up(data_cluster: Cluster, al
         assert len(data_cluster.pids()) > 10
     data_cluster.up()
     assert not before & set(data_cluster.pids())
-    assert is_whole(data_cluster)
+    until(lambda: is_whole(data_cluster), 60)
     assert execute(data_cluster, f"SELECT count(*), sum(n) FROM {table}") == [(1000, 500_500)]
     aggregator = connect(data_cluster, data_cluster.ports.aggregator_postgres)
     with aggregator.cursor() as cursor:
