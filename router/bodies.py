@@ -11,7 +11,8 @@ from typing import Literal
 import msgspec
 
 from oncepay.cart import BUYER_LENGTH_MAX, Fee, Item, check_cart, shares_of
-from oncepay.errors import InvalidAmount, InvalidField
+from oncepay.errors import InvalidAmount, InvalidField, InvalidKey
+from oncepay.keys import check_characters
 from oncepay.payment import CaptureMethod, Key, OnDecline, Payment, Status, Terms
 from oncepay.settings import Settings
 
@@ -154,6 +155,14 @@ def check_payment_method(value: str, field: str = "payment_method") -> None:
         raise InvalidField("an id at Stripe has 1 to 255 letters, digits and underscores", field=field)
 
 
+def _check_after(value: str) -> None:
+    try:
+        check_characters(value)
+    except InvalidKey as error:
+        error.field = "after"
+        raise
+
+
 def _check_text(body: PaymentBody) -> None:
     if not 1 <= len(body.buyer) <= BUYER_LENGTH_MAX or not body.buyer.isprintable():
         raise InvalidField(f"a buyer's id has 1 to {BUYER_LENGTH_MAX} printable characters", field="buyer")
@@ -161,6 +170,8 @@ def _check_text(body: PaymentBody) -> None:
         check_payment_method(body.payment_method)
     if body.customer:
         check_payment_method(body.customer, "customer")
+    if body.after:
+        _check_after(body.after)
     if not EXPIRES_MIN_S <= body.expires_in <= EXPIRES_MAX_S:
         raise InvalidField(f"a payment lives {EXPIRES_MIN_S} to {EXPIRES_MAX_S} seconds", field="expires_in")
     for i, item in enumerate(body.items):

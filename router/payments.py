@@ -9,7 +9,7 @@ from prometheus_client import Counter
 from oncepay.driver import Driver
 from oncepay.errors import EtcdUnavailable, InvalidField, InvalidKey, KeyReused, NotFound, OncepayError, PredecessorNotOver
 from oncepay.events import SuccessorNamed
-from oncepay.keys import Origin, check_characters, origin, parse_key
+from oncepay.keys import Origin, origin, parse_key
 from oncepay.payment import Key, Payment, Progress, Status
 from oncepay.service import api_key, json_response
 from oncepay.settings import Settings
@@ -116,7 +116,7 @@ class PaymentCalls:
         if after == payment.key:
             raise PredecessorNotOver("a payment can't come after itself", field="after")
         try:
-            before = await self._store.get(check_characters(after))
+            before = await self._store.get(after)
             if before is None:
                 before, made = await self._store.accept(self._tombstone(Key(after), payment), "tombstone")
                 if made:

@@ -72,6 +72,18 @@ def _payment(text: str, example: object, headers: Json | None = None) -> Json:
     return answer(text, ref("Payment"), example, headers)
 
 
+def _link(operation: str, parameter: str, member: str, text: str) -> Json:
+    """What may be called with a member of an answer."""
+    return {"operationId": operation, "parameters": {parameter: f"$response.body#/{member}"}, "description": text}
+
+
+_LINKS = {
+    name: _link(f"{name}Payment", "path.key", "key", f"{name.capitalize()} this payment.")
+    for name in ("show", "confirm", "cancel", "capture", "refund")
+}
+_SELLER_LINKS = {"show": _link("showSeller", "path.id", "id", "Show this seller.")}
+
+
 def _settled(made: str, example: object) -> dict[str, Json]:
     """The answers of what is driven on: made or done now, a replay, in flight."""
     answers = {
@@ -80,7 +92,9 @@ def _settled(made: str, example: object) -> dict[str, Json]:
         ),
         "202": _payment("In flight; `Location` tells where to look.", ex.PAYMENT_IN_FLIGHT, {**LOCATION, **REPLAYED}),
     }
-    return {**answers, "201": _payment(made, example)} if made else answers
+    if made:
+        answers["201"] = _payment(made, example)
+    return {status: found | {"links": _LINKS} for status, found in answers.items()}
 
 
 def _command(
@@ -198,7 +212,7 @@ _PUT_SELLER = call(
     "Put a seller",
     {
         "200": answer("Replaced, or the same as before.", ref("Seller"), ex.SELLER_SHOWN, ETAG),
-        "201": answer("Made by this call.", ref("Seller"), ex.SELLER_SHOWN, ETAG),
+        "201": answer("Made by this call.", ref("Seller"), ex.SELLER_SHOWN, ETAG) | {"links": _SELLER_LINKS},
     },
     about="Replaces the whole record; the same again changes nothing. A change of the fee takes effect within 5 s, for payments "
     "that are made after. The seller `platform` is reserved.",

@@ -43,9 +43,12 @@ class Cursor(msgspec.Struct, frozen=True, array_like=True):
 def parse_cursor(text: str) -> Cursor:
     """Raises InvalidField for what is no cursor of ours."""
     try:
-        return msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Cursor)
+        cursor = msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Cursor)
     except (msgspec.MsgspecError, binascii.Error, ValueError):
         raise InvalidField("this is no cursor of this list", field="cursor") from None
+    if not 0 <= cursor.created_at_ms <= _START.created_at_ms or "\0" in cursor.key:
+        raise InvalidField("this is no cursor of this list", field="cursor")
+    return cursor
 
 
 class Page(msgspec.Struct, frozen=True):

@@ -91,6 +91,13 @@ async def wrong(request: web.Request) -> web.Response:
     raise WrongState
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_body_that_is_not_what_its_headers_say(encoding: str) -> None:
+    async with running(ROUTES) as it:
+        status, body, _ = await it.call("POST", "/echo", data=b'{"amount": 3}', headers={"Content-Encoding": encoding})
+        assert (status, str(body["type"]).rsplit("/")[-1]) == (400, "malformed-body")
+
+
 async def test_a_member_of_a_path_may_hold_anything_but_a_slash() -> None:
     async with running(ROUTES) as it:
         for sent, key in (("a", "a"), ("%7Bx%7D", "{x}"), ("a%2Fb", "a/b"), ("a%20b", "a b"), ("a%25b", "a%b")):
