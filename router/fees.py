@@ -21,6 +21,8 @@ from shard.store.store import Shards
 
 FRESH_S = 5.0
 """How long a seller's fee (or that there is no such seller) is used without a look."""
+REFUSED_FRESH_S = 0.5
+"""The same of a seller that isn't there, where its carts are refused: it may just be coming."""
 STALE_S = 600.0
 """How old a fee may be that is used because its shard can't be read."""
 STALE_WAIT_S = 1.0
@@ -40,11 +42,11 @@ class _Known:
 
     __slots__ = ("exists", "fee", "fresh_until_s", "read_at_s")
 
-    def __init__(self, seller: Seller | None, read_at_s: float) -> None:
+    def __init__(self, seller: Seller | None, read_at_s: float, fresh_s: float = FRESH_S) -> None:
         self.exists = seller is not None
         self.fee = seller.fee if seller else None
         self.read_at_s = read_at_s
-        self.fresh_until_s = read_at_s + FRESH_S
+        self.fresh_until_s = read_at_s + fresh_s
 
 
 class Fees:
@@ -63,11 +65,18 @@ class Fees:
         Raises InvalidField for an unknown seller where that is refused; ShardUnavailable after the store's hold when a
         seller that was never read can't be; TooBusy.
         """
-        sellers = {item.seller for item in items}
-        sellers.discard(PLATFORM_SELLER)
         now_s = time.monotonic()
-        due = [s for s in sellers if (known := self._known.get(s)) is None or known.fresh_until_s < now_s]
-        found = {seller: known for seller in sellers if (known := self._known.get(seller))}
+        found: dict[str, _Known] = {}
+        due: set[str] = set()
+        for item in items:
+            seller = item.seller
+            if seller == PLATFORM_SELLER or seller in found:
+                continue
+            known = self._known.get(seller)
+            if known is not None and known.fresh_until_s >= now_s:
+                found[seller] = known
+            else:
+                due.add(seller)
         if due:
             found |= await self._refreshed(due, now_s)
         if self._refuse_unknown:
@@ -89,7 +98,7 @@ class Fees:
             if item.seller != PLATFORM_SELLER and not found[item.seller].exists:
                 raise InvalidField(f"there is no seller {item.seller}", field=f"items[{number}].seller")
 
-    async def _refreshed(self, due: list[str], now_s: float) -> dict[str, _Known]:
+    async def _refreshed(self, due: Collection[str], now_s: float) -> dict[str, _Known]:
         """Read again what is due. What was read before is used as it was when that takes too long."""
         before = {s: known for s in due if (known := self._known.get(s)) and known.read_at_s > now_s - STALE_S}
         missing = [seller for seller in due if seller not in before]
@@ -150,7 +159,9 @@ class Fees:
             raise
         READS.labels("done").inc(len(batch))
         for seller, future in batch.items():
-            future.set_result(self._keep(seller, _Known(found[seller], began_s)))
+            missing = found[seller] is None and self._refuse_unknown
+            read = _Known(found[seller], began_s, REFUSED_FRESH_S if missing else FRESH_S)
+            future.set_result(self._keep(seller, read))
 
     def _keep(self, seller: str, read: _Known) -> _Known:
         """What is known of the seller now: the read, unless a younger one is known."""
