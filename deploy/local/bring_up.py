@@ -17,7 +17,7 @@ from deploy import patroni
 from deploy.local import secrets, shard_map, webhooks
 from deploy.local.errors import PartFailed
 from deploy.local.etcd import EtcdAway, Gateway
-from deploy.local.health import NodeState, Probe, probe_all, probe_http, probe_postgres
+from deploy.local.health import NodeState, Probe, at_once, probe_all, probe_http, probe_postgres
 from deploy.local.layout import Layout, Memory, write_secret
 from deploy.local.parts import Plan, node_names
 from deploy.local.shard_map import Range
@@ -25,7 +25,6 @@ from deploy.local.status import leader_of
 from deploy.local.supervisor import Supervisor, SupervisorAway
 
 POLL_S = 0.1
-SLOT_POLL_S = 0.5
 PROBE_EVERY_S = 0.3
 MAX_TRIES = 8
 TRY_AGAIN_S = 1.0
@@ -153,7 +152,6 @@ class BringUp:
             steps.append(self._prepare_etcd)
         if "nodes" in parts:
             steps += [partial(self._prepare_shard, shard) for shard in self.shards]
-            steps += [partial(self._await_slots, shard) for shard in self.shards]
         chosen = {program.part for program in self.programs}
         if "aggregator-db" in chosen:
             steps.append(self._prepare_aggregator)
@@ -259,13 +257,6 @@ class BringUp:
 
         self._try(call, f"node-{shard}-1")
 
-    def _await_slots(self, shard: str) -> None:
-        """Until the feed's slot is on every node: Patroni restarts a standby to give it its copy of a new one."""
-        self._until(lambda: self._leader_with_quorum(shard) is not None, f"node-{shard}-1")
-        for name in node_names(shard):
-            dsn = self._superuser_dsn(self._node_port(shard, name))
-            self._until(partial(has_slot, dsn), f"node-{name}", SLOT_POLL_S)
-
     def _node_port(self, shard: str, node: str) -> int:
         return self.plan.ports.postgres(self.plan.shards.index(shard), node_names(shard).index(node))
 
@@ -318,8 +309,18 @@ class BringUp:
             if left and self._cancel.wait(PROBE_EVERY_S):
                 raise Cancelled
 
+    def _nodes_without_slot(self) -> list[str]:
+        """The processes of the nodes that lack the feed's slot, or can't be asked."""
+        names = [(shard, name) for shard in self.shards for name in node_names(shard)]
+        found = at_once(has_slot, [self._superuser_dsn(self._node_port(shard, name)) for shard, name in names])
+        return [f"node-{name}" for (_, name), there in zip(names, found, strict=True) if not there]
+
     def _await_steadiness(self) -> None:
-        """Until everything is healthy at one time: a standby that was ready may be started anew for its slot."""
+        """Until everything is healthy at one time, and the feed's slot is on every node.
+
+        Patroni starts a standby that has no copy of the slot anew, though it was ready, to give it one: also an old leader
+        that was rewound.
+        """
         unsteady = ["supervisor"]
 
         def is_steady() -> bool:
@@ -328,6 +329,8 @@ class BringUp:
             unsteady[:] = [name for name, probe in probes.items() if not probe.healthy]
             if "nodes" in self.plan.parts:
                 unsteady.extend(f"node-{shard}-1" for shard in self.shards if not self._leader_with_quorum(shard))
+                if not unsteady:
+                    unsteady.extend(self._nodes_without_slot())
             return not unsteady
 
         while not is_steady():
