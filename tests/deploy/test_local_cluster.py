@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -144,7 +145,11 @@ def test_files_with_secrets_are_their_owners_alone(data_cluster: Cluster) -> Non
 
 def test_the_supervisor_holds_none_of_the_callers_files(data_cluster: Cluster) -> None:
     pid = data_cluster.supervisor().pid()
-    opened = {os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")}
+    opened = set()
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # a connection that was closed meanwhile
+            opened.add(os.readlink(f"/proc/{pid}/fd/{number}"))
+    assert opened
     own = {os.readlink(f"/proc/self/fd/{number}") for number in ("0", "1", "2")} - {"/dev/null"}
     assert not opened & own
     assert os.getsid(pid) != os.getsid(0)
@@ -154,7 +159,7 @@ def test_a_second_up_says_that_one_runs(data_cluster: Cluster) -> None:
     again = Cluster(data_cluster.home, parts=PARTS)
     with pytest.raises(AlreadyRunning, match=str(data_cluster.home)):
         again.up()
-    assert data_cluster.status().healthy
+    until(lambda: data_cluster.status().healthy, 60)  # a probe may be slow on a busy machine
 
 
 def test_another_home_on_the_same_ports_is_told_who_holds_them(data_cluster: Cluster, tmp_path: Path) -> None:
@@ -163,7 +168,7 @@ def test_another_home_on_the_same_ports_is_told_who_holds_them(data_cluster: Clu
     assert str(data_cluster.ports.etcd_client(0)) in str(caught.value)
     assert "etcd-1, clients" in str(caught.value)
     assert f"(pid {data_cluster.status().etcd[0].pid})" in str(caught.value)
-    assert data_cluster.status().healthy
+    until(lambda: data_cluster.status().healthy, 60)  # a probe may be slow on a busy machine
 
 
 def test_postgres_dies_with_its_patroni(data_cluster: Cluster) -> None:
@@ -264,7 +269,7 @@ def test_a_shard_that_does_not_come_up_is_taken_away_again(data_cluster: Cluster
         data_cluster.add_shard("s2", hooks=Hooks(on_leader=refuse))
     assert [shard.name for shard in data_cluster.status().shards] == ["s0", "s1"]
     assert not any(name.startswith("node-s2") for name in data_cluster.supervisor().states())
-    assert data_cluster.status().healthy
+    until(lambda: data_cluster.status().healthy, 60)  # a probe may be slow on a busy machine
 
 
 def test_down_leaves_nothing_running_and_keeps_the_data(data_cluster: Cluster) -> None:
