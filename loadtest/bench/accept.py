@@ -9,6 +9,10 @@ every round, and ratios are made within a round. At half of the peak requests th
 
 The stand-in for Stripe is frozen, as if Stripe didn't answer: what is accepted is driven no further than its first call, so
 that this measures acceptance. Between rounds the routers are killed, so that none comes to its bound of payments in flight.
+
+Beside payments a second there is the processor time of one payment in all that takes part (service, Postgres, client): on a
+machine that does other work too, its ratios are the steadier ones.
+
 Prints one JSON object; exits with 1 when that is less than it must be.
 """
 
@@ -28,11 +32,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
+import psutil
 import uvloop
 
+from loadtest.bench.idle import costs
 from loadtest.bench.own_cluster import Failed, Running, cluster, machine, payment_requests
 from loadtest.bench.rivals.common import DSN_ENV
 from loadtest.bench.sender import Sent, send
@@ -85,8 +91,8 @@ def frozen(pid: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rival(name: str, dsn: str) -> Iterator[int]:
-    """A rival's processes, ready on the port that they share."""
+def rival(name: str, dsn: str) -> Iterator[tuple[int, list[int]]]:
+    """A rival's processes, ready on the port that they share: that port, and their pids."""
     asyncio.run(make_table(dsn, name))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -95,7 +101,7 @@ def rival(name: str, dsn: str) -> Iterator[int]:
     processes = [subprocess.Popen(command, env={**os.environ, DSN_ENV: dsn}) for _ in range(PROCESSES)]
     try:
         until_listening(port)
-        yield port
+        yield port, [process.pid for process in processes]
     finally:
         for process in processes:
             process.terminate()
@@ -130,13 +136,21 @@ def until_ready(port: int) -> None:
     raise Failed(f"the router on {port} is not ready")
 
 
-class Contest:
-    """The three, and what they did."""
+class Ran(NamedTuple):
+    """A run, and the processor time of one payment in it."""
 
-    def __init__(self, running: Running, dsn: str, ports: dict[str, int]) -> None:
+    sent: Sent
+    cpu_ms: float
+
+
+class Contest:
+    """The three, and what they did. `pids` are the rivals' processes."""
+
+    def __init__(self, running: Running, dsn: str, ports: dict[str, int], pids: list[int]) -> None:
         self.running = running
         self.dsn = dsn
         self.ports = ports
+        self.rivals = [psutil.Process(pid) for pid in pids]
         self.api_key = running.status["api_key"]
         self.tables = {name: "oncepay.payments" if name == "oncepay" else f"rivals.{name}" for name in ports}
         self.sent = 0
@@ -145,43 +159,68 @@ class Contest:
         self.sent += count
         return payment_requests(self.running.keys(count), self.api_key, wait_s=0, first=self.sent)
 
-    def run(self, name: str, count: int, rate_per_s: float | None = None) -> Sent:
+    def cpu_s(self) -> float:
+        """Processor time until now of the cluster, the rivals and this process."""
+        times = [process.cpu_times() for process in [*self.rivals, psutil.Process()]]
+        cluster_s = sum(cost.cpu_s for cost in costs(self.running.home, with_memory=False).values())
+        return cluster_s + sum(each.user + each.system for each in times)
+
+    def run(self, name: str, count: int, rate_per_s: float | None = None) -> Ran:
         """One run of one of them. Raises Failed unless each request was answered 202 and is a row."""
         if name == "oncepay":
             fresh_routers(self.running)
         before = asyncio.run(rows(self.dsn, self.tables[name]))
         port = self.ports[name]
         uvloop.run(send(self.requests(WARM_UP), [port], connections=CONNECTIONS))
-        sent = uvloop.run(send(self.requests(count), [port], connections=CONNECTIONS, rate_per_s=rate_per_s))
+        requests = self.requests(count)
+        began_s = self.cpu_s()
+        sent = uvloop.run(send(requests, [port], connections=CONNECTIONS, rate_per_s=rate_per_s))
+        cpu_s = self.cpu_s() - began_s
         if sent.statuses != {202: count} or asyncio.run(rows(self.dsn, self.tables[name])) != before + WARM_UP + count:
             raise Failed(f"{name} answered {sent.statuses}")
-        return sent
+        return Ran(sent, 1000 * cpu_s / count)
+
+
+def medians(values: dict[str, list[float]], digits: int = 0) -> dict[str, float]:
+    """Of each list."""
+    return {name: round(statistics.median(each), digits) for name, each in values.items()}
+
+
+def ratio(these: list[float], those: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return round(statistics.median(this / that for this, that in zip(these, those, strict=True)), 3)
 
 
 def contest(running: Running, rounds: int, count: int) -> dict[str, Any]:
     """All rounds, then the paced runs."""
     dsn = superuser_dsn(running)
-    with rival("usual", dsn) as usual, rival("bare", dsn) as bare:
-        both = Contest(running, dsn, {"oncepay": running.port("router"), "usual": usual, "bare": bare})
-        found: dict[str, list[float]] = {name: [] for name in both.ports}
+    with rival("usual", dsn) as (usual, usual_pids), rival("bare", dsn) as (bare, bare_pids):
+        ports = {"oncepay": running.port("router"), "usual": usual, "bare": bare}
+        three = Contest(running, dsn, ports, usual_pids + bare_pids)
+        found: dict[str, list[float]] = {name: [] for name in ports}
+        cpu_ms: dict[str, list[float]] = {name: [] for name in ports}
         for number in range(rounds):
-            names = list(both.ports)
+            names = list(ports)
             for name in names[number % 3 :] + names[: number % 3]:
-                found[name].append(both.run(name, count if name != "usual" else count // 4).per_s)
+                ran = three.run(name, count if name != "usual" else count // 4)
+                found[name].append(ran.sent.per_s)
+                cpu_ms[name].append(ran.cpu_ms)
         peak_per_s = statistics.median(found["oncepay"])
-        paced = [both.run("oncepay", int(PACED_S * peak_per_s / 2), peak_per_s / 2) for _ in range(rounds)]
-    times_usual = [ours / theirs for ours, theirs in zip(found["oncepay"], found["usual"], strict=True)]
-    of_bare = [ours / theirs for ours, theirs in zip(found["oncepay"], found["bare"], strict=True)]
+        paced = [three.run("oncepay", int(PACED_S * peak_per_s / 2), peak_per_s / 2).sent for _ in range(rounds)]
     return {
-        "per_s": {name: round(statistics.median(values)) for name, values in found.items()},
-        "times_usual": round(statistics.median(times_usual), 2),
-        "of_bare": round(statistics.median(of_bare), 3),
+        "per_s": medians(found),
+        "times_usual": ratio(found["oncepay"], found["usual"]),
+        "of_bare": ratio(found["oncepay"], found["bare"]),
+        "cpu_ms": medians(cpu_ms, 3),
+        "times_usual_by_cpu": ratio(cpu_ms["usual"], cpu_ms["oncepay"]),
+        "of_bare_by_cpu": ratio(cpu_ms["bare"], cpu_ms["oncepay"]),
         "half_of_peak": {
             "per_s": round(peak_per_s / 2),
             "p50_ms": round(statistics.median(each.percentile_ms(50) for each in paced), 1),
             "p99_ms": round(statistics.median(each.percentile_ms(99) for each in paced), 1),
         },
         "rounds": {name: [round(value) for value in values] for name, values in found.items()},
+        "rounds_cpu_ms": {name: [round(value, 3) for value in values] for name, values in cpu_ms.items()},
         "rounds_p99_ms": [round(each.percentile_ms(99), 1) for each in paced],
         "machine": machine(),
     }
