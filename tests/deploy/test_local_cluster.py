@@ -297,7 +297,7 @@ def test_a_start_that_was_cut_off_starts_anew(cluster_folder: Path) -> None:
     cluster.kill()
     try:
         Cluster(cluster.home, parts=("etcd", "nodes")).up()
-        assert Cluster(cluster.home).status().healthy
+        until(lambda: Cluster(cluster.home).status().healthy, 60)
     finally:
         cluster.down(purge=True)
     assert not cluster.home.exists()
@@ -364,7 +364,7 @@ def test_a_deep_home_works(cluster_folder: Path) -> None:
         assert cluster.layout.short_run.exists()
         with socket.create_connection(("127.0.0.1", cluster.ports.etcd_client(0)), 1):
             pass
-        assert cluster.status().healthy
+        until(lambda: cluster.status().healthy, 60)
     finally:
         cluster.down(purge=True)
     assert not cluster.layout.short_run.exists()
