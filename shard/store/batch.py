@@ -48,6 +48,9 @@ STOP_S = 5.0
 CONNECT_S = 5.0
 RETRY_S = 0.25
 
+_LOST = (OSError, TimeoutError, OutcomeUnknown, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What a session raises when it is gone, or its commit has no evidence. asyncpg calls it internal between two calls."""
+
 _log = get_logger("store")
 
 BATCHES = Counter("oncepay_store_batches_total", "Batches sent to a shard.", ["shard", "outcome"])
@@ -315,7 +318,7 @@ class Batcher:
             else:
                 await self._send_halves(connection, batch)
             return
-        except (OSError, OutcomeUnknown, asyncpg.InterfaceError) as error:
+        except _LOST as error:
             self._unknown(connection, batch, error)
             return
         except Exception as error:  # ours: the batch is not answered as committed, and the writer lives on
@@ -437,7 +440,7 @@ class Batcher:
             rows: Sequence[Mapping[str, Any]] = await connection.fetch(query, *arguments)
             await connection.fetchval("select pg_logical_emit_message(true, 'oncepay', $1::text)", f"{self._actor} list")
             await self._prove(connection)
-        except (OSError, TimeoutError, OutcomeUnknown, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except (*_LOST, asyncpg.PostgresError) as error:
             if isinstance(error, asyncpg.PostgresError) and (_is_data(error) or _is_schema(error)):
                 raise _refusal(error) from error
             if connection is not None:
@@ -474,14 +477,7 @@ class Batcher:
                     connection.add_termination_listener(lambda _: self.barrier_lost.set())
                 row = await connection.fetchrow(query, *arguments)
                 await self._prove(connection)
-            except (
-                OSError,
-                TimeoutError,
-                OutcomeUnknown,
-                ShardUnavailable,
-                asyncpg.PostgresError,
-                asyncpg.InterfaceError,
-            ) as error:
+            except (*_LOST, ShardUnavailable, asyncpg.PostgresError) as error:
                 if isinstance(error, asyncpg.PostgresError) and (_is_data(error) or _is_schema(error)):
                     raise _refusal(error) from error
                 if connection is not None:
