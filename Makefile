@@ -23,7 +23,7 @@ demo: $(STAMP) ## start a cluster, replay 6,919 real purchases, verify, stop (AR
 	$(BIN)/oncepay demo $(ARGS)
 
 test: $(STAMP) check ## the whole test suite, on real Postgres, etcd and Patroni (ARGS="-k name")
-	$(BIN)/python -m pytest -q -m cluster $(ARGS)
+	$(BIN)/python -m pytest -q -m "cluster and not faults" $(ARGS)
 
 check: $(STAMP) ## the fast part: lint, types, import rules, tests that need no cluster
 	$(BIN)/ruff check .
@@ -49,6 +49,7 @@ load: $(STAMP) ## locust for a minute against the local cluster (WEB=1 opens its
 	$(BIN)/python -m loadtest.load $(if $(WEB),--web) $(ARGS)
 
 faults: $(STAMP) ## the fault tests, all of them
+	$(BIN)/python -m pytest -q -m faults tests/shard $(ARGS)
 	$(BIN)/python -m pytest -q -m "cluster or faults" tests/faults $(ARGS)
 
 soak: $(STAMP) ## replay the purchases again and again with faults, for an hour (ARGS="--minutes 10")

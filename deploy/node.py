@@ -134,7 +134,12 @@ class Wrapper:
             data += part
 
     def start(self) -> None:
-        self.patroni = os.posix_spawnp(self.command[0], self.command, os.environ, setsigdef=[signal.SIGPIPE])
+        # A backend whose postmaster dies while its commit waits for a standby goes on to read commands from its standard input.
+        # There it must find the end, and exit; else it holds the shared memory, and this node's Postgres never starts again.
+        no_input = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        self.patroni = os.posix_spawnp(
+            self.command[0], self.command, os.environ, file_actions=no_input, setsigdef=[signal.SIGPIPE]
+        )
         with open(os.path.join(self.folder, "patroni.pid"), "w", encoding="ascii") as file:
             file.write(f"{self.patroni}\n")
 

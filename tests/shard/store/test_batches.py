@@ -257,7 +257,7 @@ async def test_what_may_wait_has_a_bound(
     monkeypatch.setattr(batch, "WAITING_MAX", 10)
     batcher = store.batcher(SHARD)
     known = (await store.accept(make()))[0]
-    with frozen(receivers(cluster, standbys(leader_node(store).name))):
+    with frozen(await receivers(cluster, standbys(leader_node(store).name))):
         busy = []
         for _ in range(batch.WRITERS):  # each writer's batch is on its way
             busy.append(task(store.accept(make())))

@@ -49,7 +49,7 @@ async def test_a_commit_that_was_cut_off_is_not_answered_until_a_standby_has_it(
     payment = make()
     async with proxied(cluster, "cutoff") as (store, proxy):
         await store.accept(make())
-        with frozen(receivers(cluster, standbys(leader_node(store).name))):
+        with frozen(await receivers(cluster, standbys(leader_node(store).name))):
             calls = [task(store.accept(payment))]
             waiting = await waiting_commit(leader, "cutoff")
             if how == "connection":
@@ -154,7 +154,7 @@ async def test_a_caller_that_gives_up_cancels_no_commit(
     """Neither its own nor its neighbours': the batch stays where it is, and all of it is committed."""
     gone, stays = [make() for _ in range(5)], [make() for _ in range(5)]
     await store.accept(make())
-    with frozen(receivers(cluster, standbys(leader_node(store).name))):
+    with frozen(await receivers(cluster, standbys(leader_node(store).name))):
         leaving = [task(store.accept(payment)) for payment in gone]
         staying = [task(store.accept(payment)) for payment in stays]
         waiting = await waiting_commit(leader, "test")
@@ -180,7 +180,7 @@ async def test_a_caller_of_a_single_query_that_gives_up_cancels_no_commit(
         return task(batcher.barrier("one") if what == "barrier" else batcher.read("select 1 as one"))
 
     await call()
-    with frozen(receivers(cluster, standbys(leader_node(store).name))):
+    with frozen(await receivers(cluster, standbys(leader_node(store).name))):
         gone = call()
         waiting = await waiting_commit(leader, "test")
         gone.cancel()
@@ -199,7 +199,7 @@ async def test_stopping_cancels_no_commit(
     monkeypatch.setattr(batch, "STOP_S", 0.5)
     async with proxied(cluster, "stopping") as (store, _):
         await store.accept(make())
-        with frozen(receivers(cluster, standbys(leader_node(store).name))):
+        with frozen(await receivers(cluster, standbys(leader_node(store).name))):
             call = task(store.accept(payment))
             waiting = await waiting_commit(leader, "stopping")
             await store.batcher("s0").stop()
@@ -218,7 +218,7 @@ async def test_a_write_is_held_for_its_bound_and_then_refused(
     payment, known = make(), (await store.accept(make()))[0]
     monkeypatch.setattr(store_module, "HOLD_S", 1.5)
     loop = asyncio.get_running_loop()
-    with frozen(receivers(cluster, standbys(leader_node(store).name))):
+    with frozen(await receivers(cluster, standbys(leader_node(store).name))):
         started_s = loop.time()
         calls = [
             task(store.accept(payment)),

@@ -94,7 +94,7 @@ async def test_an_epoch_is_taken_after_what_the_old_worker_has_begun(
 ) -> None:
     """The other interleaving: its commit is on the way to the standbys. The new one waits it out, and then sees it."""
     row, _ = await old.accept(make())
-    with frozen(receivers(cluster, standbys(leader_node(old).name))):
+    with frozen(await receivers(cluster, standbys(leader_node(old).name))):
         writing = task(old.apply(row, IntentCreated(f"pi_{row.key}", "secret"), event="test"))
         await waiting_commit(leader, "old")
         taking = task(new.batcher(SHARD).take_epoch("new"))

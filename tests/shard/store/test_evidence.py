@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -36,32 +36,41 @@ from tests.shard.store.trouble import (
     waiting_commit,
 )
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("whole")]
+pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.usefixtures("whole")]
 
 OPEN_S = 1.2
-SLOT = "test_walsender"
 
 
 def task(call: Any) -> asyncio.Task[Any]:
     return asyncio.create_task(call)
 
 
-@contextmanager
-def logical_walsender(cluster: Cluster, node: Node) -> Iterator[None]:
+@asynccontextmanager
+async def logical_walsender(cluster: Cluster, leader: asyncpg.Connection, node: Node) -> AsyncIterator[None]:
     """A reader on a logical slot that acknowledges all that it is sent, as a feed or a subscription does."""
     postgres = cluster.settings.postgres
-    base = [str(postgres_bin() / "pg_recvlogical"), "-h", node.host, "-p", str(node.port), "-U", postgres.superuser]
-    base += ["-d", postgres.database, "--slot", SLOT]
-    environment = {**os.environ, "PGPASSWORD": postgres.superuser_password}
-    subprocess.run([*base, "--create-slot", "--plugin", "pgoutput"], env=environment, check=True)
-    options = ["-o", "proto_version=1", "-o", "publication_names=oncepay_feed"]
-    command = [*base, "--start", *options, "-f", os.devnull, "--fsync-interval", "1", "--status-interval", "1", "--no-loop"]
-    reader = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    slot = f"test_{os.urandom(4).hex()}"
+    command = [str(postgres_bin() / "pg_recvlogical"), "-h", node.host, "-p", str(node.port), "-U", postgres.superuser]
+    command += ["-d", postgres.database, "--slot", slot, "--start"]
+    command += ["-o", "proto_version=1", "-o", "publication_names=oncepay_feed", "-f", os.devnull, "--no-loop"]
+    command += ["--fsync-interval", "1", "--status-interval", "1"]
+    await leader.execute("select pg_create_logical_replication_slot($1, 'pgoutput')", slot)
+    reader = subprocess.Popen(command, env={**os.environ, "PGPASSWORD": postgres.superuser_password}, stderr=subprocess.DEVNULL)
     try:
         yield
     finally:
         reader.terminate()
         reader.wait(10)
+        await eventually(lambda: dropped(leader, slot), "the slot is gone")
+
+
+async def dropped(session: asyncpg.Connection, slot: str) -> bool:
+    """Whether the slot is gone. Patroni drops slots that it doesn't know, too."""
+    try:
+        await session.execute("select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = $1", slot)
+    except (asyncpg.ObjectInUseError, asyncpg.UndefinedObjectError):
+        return False
+    return True
 
 
 @asynccontextmanager
@@ -69,6 +78,11 @@ async def without_standbys(cluster: Cluster, store: Shards, leader: asyncpg.Conn
     """Both standbys are stopped as for maintenance, and Patroni on the leader has drawn its conclusion: `ANY 1 (*)`."""
     programs = [f"node-{name}" for name in standbys(leader_node(store).name)]
     supervisor = cluster.supervisor()
+
+    def are_down() -> bool:
+        states = supervisor.states()
+        return all(states[name].state == "STOPPED" for name in programs)
+
     try:
         supervisor.stop(programs, wait=False)
 
@@ -76,8 +90,10 @@ async def without_standbys(cluster: Cluster, store: Shards, leader: asyncpg.Conn
             return "*" in str(await leader.fetchval("show synchronous_standby_names"))
 
         await eventually(is_any, "the leader waits for anybody", 20)
+        await eventually(are_down, "both are down", 20)
         yield
     finally:
+        await eventually(are_down, "both are down", 30)  # else they would not be started
         supervisor.start(programs)
 
 
@@ -86,7 +102,7 @@ async def test_with_no_standby_left_a_logical_walsender_releases_a_commit_but_is
 ) -> None:
     node, payment, known = leader_node(store), make(), (await store.accept(make()))[0]
     async with without_standbys(cluster, store, leader):
-        with logical_walsender(cluster, node):
+        async with logical_walsender(cluster, leader, node):
             plain = leader.execute("select pg_logical_emit_message(true, 'test', 'plain')")
             await asyncio.wait_for(plain, 15)  # Postgres acknowledges what is on one node only
             calls = [task(store.accept(payment)), task(store.get(known.key)), task(store.batcher(SHARD).barrier("alone"))]
@@ -98,7 +114,6 @@ async def test_with_no_standby_left_a_logical_walsender_releases_a_commit_but_is
     assert answers[0][1]
     assert answers[1] == known
     assert leader_node(store) == node
-    await eventually(lambda: dropped(leader), "the slot is free")
 
 
 async def test_a_barrier_of_the_feed_is_not_certain_by_a_logical_walsender(
@@ -106,26 +121,12 @@ async def test_a_barrier_of_the_feed_is_not_certain_by_a_logical_walsender(
 ) -> None:
     """The quorum itself is asked: here by a setting that is wrong in the same way as Patroni's when no standby is left."""
     async with overridden(leader, "synchronous_standby_names", "ANY 1 (*)"):
-        with logical_walsender(cluster, leader_node(store)):
-            try:
-                with frozen(receivers(cluster, standbys(leader_node(store).name))):
-                    await asyncio.wait_for(leader.execute("select pg_logical_emit_message(true, 'test', 'plain')"), 10)
-                    barrier = task(store.batcher(SHARD).barrier("one"))
-                    await stay_open([barrier], OPEN_S)
-                await asyncio.wait_for(barrier, 10)
-            finally:
-                await leader.execute(
-                    "select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = $1", SLOT
-                )
-    await eventually(lambda: dropped(leader), "the slot is free")
-
-
-async def dropped(session: asyncpg.Connection) -> bool:
-    try:
-        await session.execute("select pg_drop_replication_slot($1)", SLOT)
-    except asyncpg.ObjectInUseError:
-        return False
-    return True
+        async with logical_walsender(cluster, leader, leader_node(store)):
+            with frozen(await receivers(cluster, standbys(leader_node(store).name))):
+                await asyncio.wait_for(leader.execute("select pg_logical_emit_message(true, 'test', 'plain')"), 10)
+                barrier = task(store.batcher(SHARD).barrier("one"))
+                await stay_open([barrier], OPEN_S)
+            await asyncio.wait_for(barrier, 10)
 
 
 @asynccontextmanager
@@ -159,7 +160,7 @@ async def test_a_member_outside_of_the_quorum_is_no_evidence(
             return bool(await leader.fetchval(query, other))
 
         await eventually(is_out, f"{other} doesn't count")
-        with frozen(receivers(cluster, [counted])):
+        with frozen(await receivers(cluster, [counted])):
             call = task(store.accept(payment))
             waiting = await waiting_commit(leader, "test")
             await leader.execute("select pg_cancel_backend($1)", waiting.pid)
@@ -208,7 +209,7 @@ async def test_no_way_of_reading_shows_what_may_still_be_lost(
     await leader.execute("update oncepay.payments set created_at = now(), version = 3 where key = $1", row.key)
     for how in READS:
         assert await read(store, how, row) == 3
-    with frozen(receivers(cluster, standbys(leader_node(store).name))):
+    with frozen(await receivers(cluster, standbys(leader_node(store).name))):
         async with superuser_on(cluster, leader_node(store)) as session:
             await session.execute("set synchronous_commit = local")
             await session.execute("update oncepay.payments set version = 4 where key = $1", row.key)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import json
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from typing import NamedTuple, Self
 
 import asyncpg
 import psutil
+from msgspec.structs import replace
 
 from deploy.local import Cluster
 from oncepay.etcd import Etcd
@@ -71,11 +73,13 @@ async def superuser_on(cluster: Cluster, node: Node) -> AsyncIterator[asyncpg.Co
 
 
 @asynccontextmanager
-async def opened(cluster: Cluster, actor: str, cls: type[Shards] = Shards, role: str = "router") -> AsyncIterator[Shards]:
-    """One more store, as another process has it."""
+async def opened(
+    cluster: Cluster, actor: str, cls: type[Shards] = Shards, role: str = "router", etcd_at: str = ""
+) -> AsyncIterator[Shards]:
+    """One more store, as another process has it. `etcd_at`: the only endpoint of etcd that it knows."""
     settings = cluster.settings
     passwords = {"router": settings.postgres.router_password, "worker": settings.postgres.worker_password}
-    async with Etcd(settings.etcd) as etcd:
+    async with Etcd(replace(settings.etcd, endpoints=(etcd_at,)) if etcd_at else settings.etcd) as etcd:
         shards = cls(etcd, settings, role=f"oncepay_{role}", password=passwords[role], actor=actor)
         await shards.start()
         try:
@@ -84,12 +88,18 @@ async def opened(cluster: Cluster, actor: str, cls: type[Shards] = Shards, role:
             await shards.stop()
 
 
+def _voters(store: Shards) -> list[str]:
+    """The standbys that Patroni would elect from now."""
+    found = store.leaders._mirror.get(f"{SHARD}/sync")
+    return str(json.loads(found.value).get("sync_standby") or "").split(",") if found else []
+
+
 async def until_whole(cluster: Cluster, store: Shards, timeout_s: float = 60.0) -> None:
-    """Return when the shard has a leader, and both others stream from it and count for its quorum."""
+    """Return when the shard has a leader, and both others stream from it, count for its quorum and may follow it."""
 
     async def whole() -> bool:
         node = store.leaders.current(SHARD)
-        if node is None:
+        if node is None or set(_voters(store)) != set(standbys(node.name)):
             return False
         with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
             async with superuser_on(cluster, node) as session:
@@ -105,16 +115,19 @@ async def until_whole(cluster: Cluster, store: Shards, timeout_s: float = 60.0) 
     await eventually(whole, "the shard is whole again", timeout_s)
 
 
-def receivers(cluster: Cluster, nodes: Sequence[str]) -> list[psutil.Process]:
-    """The processes with which those standbys receive the leader's log."""
+def _receivers(cluster: Cluster, nodes: Sequence[str]) -> list[psutil.Process]:
     found = []
     for node in nodes:
-        postmaster = cluster.postmaster_pid(node)
-        assert postmaster is not None
-        children = psutil.Process(postmaster).children()
-        found += [child for child in children if "walreceiver" in " ".join(child.cmdline())]
-    assert len(found) == len(nodes)
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(cluster.postmaster_pid(node)).children()
+            found += [child for child in children if "walreceiver" in " ".join(child.cmdline())]
     return found
+
+
+async def receivers(cluster: Cluster, nodes: Sequence[str]) -> list[psutil.Process]:
+    """The processes with which those standbys receive the leader's log, as soon as each has one."""
+    await eventually(lambda: len(_receivers(cluster, nodes)) == len(nodes), f"{nodes} receive")
+    return _receivers(cluster, nodes)
 
 
 def node_processes(cluster: Cluster, node: str) -> list[psutil.Process]:
@@ -200,11 +213,15 @@ class Proxy:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        self.close()
+        for task in list(self._tasks):
+            task.cancel()
+
+    def close(self) -> None:
+        """Cut all connections, and take no more."""
         assert self._server is not None
         self._server.close()
         self.cut()
-        for task in self._tasks:
-            task.cancel()
 
     @property
     def port(self) -> int:
