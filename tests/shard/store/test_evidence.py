@@ -36,7 +36,7 @@ from tests.shard.store.trouble import (
     waiting_commit,
 )
 
-pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.usefixtures("whole")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("whole")]
 
 OPEN_S = 1.2
 
@@ -97,6 +97,7 @@ async def without_standbys(cluster: Cluster, store: Shards, leader: asyncpg.Conn
         supervisor.start(programs)
 
 
+@pytest.mark.faults
 async def test_with_no_standby_left_a_logical_walsender_releases_a_commit_but_is_no_evidence(
     cluster: Cluster, store: Shards, leader: asyncpg.Connection, make: MakePayment
 ) -> None:
