@@ -124,8 +124,11 @@ async def test_a_barrier_of_the_feed_is_not_certain_by_a_logical_walsender(
     async with overridden(leader, "synchronous_standby_names", "ANY 1 (*)"):
         async with logical_walsender(cluster, leader, leader_node(store)):
             with frozen(await receivers(cluster, standbys(leader_node(store).name))):
-                await asyncio.wait_for(leader.execute("select pg_logical_emit_message(true, 'test', 'plain')"), 10)
+                plain = "select pg_logical_emit_message(true, 'test', 'plain')"
+                await asyncio.wait_for(leader.execute(plain), 10)
                 barrier = task(store.batcher(SHARD).barrier("one"))
+                for _ in range(2):  # by then the walsender has acknowledged the barrier's commit, too
+                    await asyncio.wait_for(leader.execute(plain), 10)
                 await stay_open([barrier], OPEN_S)
             await asyncio.wait_for(barrier, 10)
 
