@@ -50,7 +50,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("whole"), pytest.mark
 T = TypeVar("T")
 LOAD_S, KILL_AT_S = 9.0, 2.5
 GAP_S = 15.0
-"""How long writes may stand still around the death of a leader. Measured: 3 to 6 s on two busy cores."""
+"""How long writes may stand still around the death of a leader. Measured: 1 to 5 s on two cores."""
 PAUSE_S = 0.02
 
 
