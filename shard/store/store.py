@@ -92,6 +92,10 @@ class Shards:
                 "jit": "off",
                 # Planning anew for each batch's arrays took more than half of a small batch's time.
                 "plan_cache_mode": "force_generic_plan",
+                # A plan is kept for long. One that was made while the shard was small must not read the whole table later.
+                "enable_seqscan": "off",
+                "enable_hashjoin": "off",
+                "enable_mergejoin": "off",
             },
         )
 
