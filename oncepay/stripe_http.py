@@ -21,6 +21,8 @@ from oncepay.settings import StripeSettings
 
 RETRIES_MAX = 2
 
+stripe.enable_telemetry = False  # durations of earlier calls, in a header of each call
+
 
 class Answer(NamedTuple):
     """What came back, whatever it says. Header names in any case."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 
 from prometheus_client import Gauge
 
@@ -15,6 +16,8 @@ from oncepay.ports import PaymentStore
 
 DRIVES_MAX = 10_000
 """Payments in flight in one process; more are refused with TooBusy before anything is written."""
+RUNNERS_MAX = 512
+"""Payments that are driven at the same time; the others wait for their turn, as no more than a row in a queue."""
 LOOK_AGAIN_S = 1.0
 """How often a waiting caller's payment is read again, in case another process moved it."""
 
@@ -28,14 +31,17 @@ class InFlight:
 
     def __init__(self, store: PaymentStore) -> None:
         self._store = store
-        self._drives: dict[str, asyncio.Task[None]] = {}
+        self._driven: set[str] = set()
+        self._queue: deque[tuple[Driver, Payment]] = deque()
+        self._runners: set[asyncio.Task[None]] = set()
         self._next: dict[str, tuple[Driver, Payment]] = {}
         self._stopping = False
         self._waiting: dict[str, set[asyncio.Future[Payment]]] = {}
+        IN_FLIGHT.set_function(lambda: len(self._driven))
 
     def check_room(self) -> None:
         """Raises TooBusy when as many payments are in flight as may be."""
-        if len(self._drives) >= DRIVES_MAX:
+        if len(self._driven) >= DRIVES_MAX:
             raise TooBusy(f"{DRIVES_MAX} payments are in flight")
 
     def moved(self, payment: Payment) -> None:
@@ -46,14 +52,22 @@ class InFlight:
 
     def drive(self, driver: Driver, payment: Payment) -> None:
         """Drive the payment in the background; when this process does so already, once more after that."""
-        key = payment.key
-        if key in self._drives:
-            self._next[key] = (driver, payment)
+        if payment.key in self._driven:
+            self._next[payment.key] = (driver, payment)
             return
-        self._drives[key] = asyncio.create_task(self._run(driver, payment))
-        IN_FLIGHT.set(len(self._drives))
+        self._driven.add(payment.key)
+        self._queue.append((driver, payment))
+        if len(self._runners) < RUNNERS_MAX:
+            runner = asyncio.create_task(self._run())
+            self._runners.add(runner)
+            runner.add_done_callback(self._runners.discard)
 
-    async def _run(self, driver: Driver, payment: Payment) -> None:
+    async def _run(self) -> None:
+        """Drive what is queued, one after the other, until nothing is."""
+        while self._queue:
+            await self._drive(*self._queue.popleft())
+
+    async def _drive(self, driver: Driver, payment: Payment) -> None:
         key = payment.key
         try:
             self.moved(await driver.drive(payment))
@@ -62,8 +76,7 @@ class InFlight:
         except Exception:
             _log.exception("drive failed", key=key)
         finally:
-            del self._drives[key]
-            IN_FLIGHT.set(len(self._drives))
+            self._driven.remove(key)
             if (again := self._next.pop(key, None)) is not None and not self._stopping:
                 self.drive(*again)
 
@@ -94,7 +107,7 @@ class InFlight:
     async def stop(self, timeout_s: float) -> None:
         """Let the drives in flight end, at most `timeout_s`; what is left the worker drives on."""
         self._stopping = True
-        if self._drives:
-            await asyncio.wait(list(self._drives.values()), timeout=timeout_s)
-        for task in list(self._drives.values()):
-            task.cancel()
+        if self._runners:
+            await asyncio.wait(list(self._runners), timeout=timeout_s)
+        for runner in list(self._runners):
+            runner.cancel()

@@ -29,6 +29,7 @@ LEFT_BEHIND_MS = 3_000
 """A payment that stood still for so long is driven on by whoever is asked for it."""
 
 ACCEPTED = Counter("oncepay_router_payments_total", "Calls that submit a payment.", ["outcome"])
+_accepted = ACCEPTED.labels("accepted")
 
 
 class PaymentCalls:
@@ -74,7 +75,7 @@ class PaymentCalls:
         row, created = await self._store.accept(payment)
         if not created:
             return await self._replay(request, row, body)
-        ACCEPTED.labels("accepted").inc()
+        _accepted.inc()
         self._in_flight.drive(self._driver, row)
         return await self._answer(request, row, created=True)
 
