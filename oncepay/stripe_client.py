@@ -22,6 +22,7 @@ from prometheus_client import Counter, Histogram
 
 from oncepay.breaker import Breaker
 from oncepay.budget import Budget, BudgetShort
+from oncepay.deadlines import Deadlines
 from oncepay.errors import OncepayError, StripeUnavailable
 from oncepay.payment import DisputeView, Failure, IntentView, RefundView
 from oncepay.settings import StripeSettings
@@ -88,6 +89,7 @@ class StripeGateway:
         self._breaker = Breaker(failures_max=FAILURES_MAX)
         self._slots = asyncio.Semaphore(CONCURRENCY_MAX)
         self._http: StripeHttp | None = None
+        self._deadlines = Deadlines()
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> StripeGateway:
@@ -206,8 +208,7 @@ class StripeGateway:
         assert self._http is not None, "open the gateway first"
         started_s = time.monotonic()
         try:
-            async with asyncio.timeout(DEADLINE_S):
-                answer = await self._http.ask(method, path, parameters, **options)
+            answer = await self._deadlines.within(DEADLINE_S, self._http.ask(method, path, parameters, **options))
         except (stripe.StripeError, aiohttp.ClientError, TimeoutError) as error:  # no answer, or one that broke off
             _calls(call, StripeUnavailable.slug).inc()
             raise StripeUnavailable(f"{path}: {error!r}") from error

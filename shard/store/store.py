@@ -17,6 +17,7 @@ from typing import TypeVar
 import asyncpg
 from msgspec.structs import replace
 
+from oncepay.deadlines import Deadlines
 from oncepay.errors import EtcdUnavailable, NotFound, NotOwner, OutcomeUnknown, ShardUnavailable
 from oncepay.etcd import Etcd
 from oncepay.keys import slot as slot_of
@@ -51,6 +52,7 @@ class Shards:
         self.leaders = Leaders(etcd)
         self.maps = MapWatch(etcd)
         self._batchers: dict[str, Batcher] = {}
+        self._deadlines = Deadlines()
         self._events = map(f"{secrets.token_hex(8)}-{{:x}}".format, itertools.count(1))
 
     async def start(self, timeout_s: float = 60.0) -> None:
@@ -219,8 +221,7 @@ class Shards:
         while True:
             error: Exception
             try:
-                async with asyncio.timeout(max(0.1, deadline_s - time.monotonic())):
-                    return await attempt()
+                return await self._deadlines.within(max(0.1, deadline_s - time.monotonic()), attempt())
             except (NotOwner, OutcomeUnknown, ShardUnavailable, EtcdUnavailable) as problem:
                 error = problem
             except TimeoutError:
