@@ -72,10 +72,12 @@ def parse_key(header: str | None) -> str:
         raise MissingKey
     key = header
     if header[0] == '"':
-        match = _QUOTED.fullmatch(header)
-        if match is None:
-            raise InvalidKey("it begins with a quote but isn't a quoted string")
-        key = _ESCAPED.sub(r"\1", match[1])
+        key = header[1:-1]
+        if "\\" in key or '"' in key or header[-1] != '"' or len(header) == 1:
+            match = _QUOTED.fullmatch(header)
+            if match is None:
+                raise InvalidKey("it begins with a quote but isn't a quoted string")
+            key = _ESCAPED.sub(r"\1", match[1])
         if not key:
             raise MissingKey("the Idempotency-Key header is empty")
     return check_characters(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from urllib.parse import quote
 
@@ -17,7 +18,12 @@ _WAIT = re.compile(r"(?:^|[,;\s])wait=(\d+(?:\.\d+)?)")
 
 def wait_s(request: web.Request) -> float:
     """How long the caller's `Prefer: wait=<seconds>` lets settlement take (RFC 7240), at most WAIT_MAX_S."""
-    match = _WAIT.search(request.headers.get("Prefer", ""))
+    return _wait_s(request.headers.get("Prefer", ""))
+
+
+@functools.lru_cache(256)
+def _wait_s(prefer: str) -> float:
+    match = _WAIT.search(prefer)
     return min(float(match[1]), WAIT_MAX_S) if match else WAIT_DEFAULT_S
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,12 @@ from shard.store.batch import EntryView
 
 def rfc3339(milliseconds: int) -> str:
     """A moment as RFC 3339 in UTC, to the millisecond."""
-    moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
+
+
+@functools.lru_cache(1024)
+def _second(seconds: int) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).replace(tzinfo=None).isoformat()
 
 
 def payment_view(payment: Payment, entries: Sequence[EntryView] | None = None) -> dict[str, Any]:

@@ -70,21 +70,22 @@ def payment_of(row: Mapping[str, Any]) -> Payment:
 
 def put_arrays(puts: Sequence[Put]) -> list[list[Any]]:
     """The nineteen arrays of the rows, in the order of `commit_batch`'s parameters. New rows bring their terms too."""
-    columns: list[list[Any]] = [[] for _ in range(19)]
-    add = [column.append for column in columns]
-    for put in puts:
-        p = put.payment
-        new = put.expect == 0
-        row = (
-            slot_of(p.key), p.key, put.expect, p.status.value, p.intent or None, _encode(p.progress).decode(),
-            p.amount_captured, p.amount_refunded, p.open_work, bool(p.progress.disputes), put.event,
-            p.buyer if new else None, p.currency if new else None,
-            p.amount if new else None, p.fingerprint if new else None, _encode(p.terms).decode() if new else None,
-            moment(p.created_at_ms) if new else None, moment(p.expires_at_ms) if new else None, moment(p.updated_at_ms),
-        )  # fmt: skip
-        for append, value in zip(add, row, strict=True):
-            append(value)
-    return columns
+    rows = [_put_row(put) for put in puts]
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(19)]
+
+
+def _put_row(put: Put) -> tuple[Any, ...]:
+    p = put.payment
+    own = (
+        slot_of(p.key), p.key, put.expect, p.status.value, p.intent or None, _encode(p.progress).decode(),
+        p.amount_captured, p.amount_refunded, p.open_work, bool(p.progress.disputes), put.event,
+    )  # fmt: skip
+    updated = moment(p.updated_at_ms)
+    if put.expect:
+        return (*own, None, None, None, None, None, None, None, updated)
+    created = updated if p.created_at_ms == p.updated_at_ms else moment(p.created_at_ms)
+    terms = _encode(p.terms).decode()
+    return (*own, p.buyer, p.currency, p.amount, p.fingerprint, terms, created, moment(p.expires_at_ms), updated)
 
 
 def entry_arrays(puts: Sequence[Put]) -> list[list[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import asyncpg
@@ -17,6 +17,17 @@ from tests.shard.store.conftest import MakePayment
 from tests.shard.store.trouble import SHARD, eventually, frozen, leader_node, opened, receivers, shown, standbys, waiting_commit
 
 pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(cluster: Cluster) -> Iterator[None]:
+    """The shard's own worker is away: whenever it finds its epoch over, it takes the next one."""
+    worker = [name for name in cluster.supervisor().states() if name.startswith(f"worker-{SHARD}")]
+    cluster.supervisor().stop(worker)
+    try:
+        yield
+    finally:
+        cluster.supervisor().start(worker)
 
 
 @pytest.fixture

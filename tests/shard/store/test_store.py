@@ -121,7 +121,8 @@ async def test_a_write_that_meets_the_fence_is_not_committed_behind_it(
     waiting = asyncio.create_task(store.accept(payment))
     for _ in range(200):
         blocked = await leader.fetchval(
-            "select count(*) from pg_locks where locktype = 'advisory' and classid = 1 and objid = 0 and not granted"
+            "select count(*) from pg_locks join pg_stat_activity using (pid) where locktype = 'advisory' and classid = 1"
+            " and objid = 0 and not granted and application_name = 'test'"
         )
         if blocked:
             break
