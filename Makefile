@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+# With ARGS="-k name" one half of the suite may have no such test: pytest's exit code 5.
+NONE_IS_FINE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check fmt up down bench load faults soak docs clean
@@ -23,14 +25,14 @@ demo: $(STAMP) ## start a cluster, replay 6,919 real purchases, verify, stop (AR
 	$(BIN)/oncepay demo $(ARGS)
 
 test: $(STAMP) check ## the whole test suite, on real Postgres, etcd and Patroni (ARGS="-k name")
-	$(BIN)/python -m pytest -q -m "cluster and not faults" $(ARGS)
+	$(BIN)/python -m pytest -q -m "cluster and not faults" $(ARGS) $(NONE_IS_FINE)
 
 check: $(STAMP) ## the fast part: lint, types, import rules, tests that need no cluster
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not cluster" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not cluster" $(ARGS) $(NONE_IS_FINE)
 
 fmt: $(STAMP) ## format the code
 	$(BIN)/ruff check --fix .
@@ -49,8 +51,8 @@ load: $(STAMP) ## locust for a minute against the local cluster (WEB=1 opens its
 	$(BIN)/python -m loadtest.load $(if $(WEB),--web) $(ARGS)
 
 faults: $(STAMP) ## the fault tests, all of them
-	$(BIN)/python -m pytest -q -m faults tests/shard $(ARGS)
-	$(BIN)/python -m pytest -q -m "cluster or faults" tests/faults $(ARGS)
+	$(BIN)/python -m pytest -q -m faults tests/shard $(ARGS) $(NONE_IS_FINE)
+	$(BIN)/python -m pytest -q -m "cluster or faults" tests/faults $(ARGS) $(NONE_IS_FINE)
 
 soak: $(STAMP) ## replay the purchases again and again with faults, for an hour (ARGS="--minutes 10")
 	$(BIN)/python -m loadtest.soak $(ARGS)

@@ -93,6 +93,16 @@ class Driver:
             lock = self._locks[key] = asyncio.Lock()
         return lock
 
+    def is_driving(self, key: str) -> bool:
+        """Whether this process is at a look or a step for the payment."""
+        lock = self._locks.get(key)
+        return lock is not None and lock.locked()
+
+    async def idle(self, key: str) -> None:
+        """Return when this process is at no look or step for the payment."""
+        async with self._lock(key):
+            pass
+
     async def drive(self, payment: Payment) -> Payment:
         """Take steps until the payment is settled, waits for somebody, or its outcome has to be found out later.
 

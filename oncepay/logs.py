@@ -6,7 +6,10 @@ command line) structlog's own plain output on standard error applies.
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import sys
+from typing import BinaryIO, cast
 
 import msgspec
 
@@ -23,6 +26,8 @@ finally:
 
 Logger = structlog.typing.FilteringBoundLogger
 
+FLUSH_S = 0.05
+"""How long a line may wait for others to be written with it: a write for each line costs more than the line."""
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
@@ -55,10 +60,36 @@ def setup(level: str = "info", **bound: str) -> None:
             structlog.processors.JSONRenderer(serializer=_encode),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.BytesLoggerFactory(sys.stdout.buffer),
+        logger_factory=structlog.BytesLoggerFactory(cast(BinaryIO, _Lines(sys.stdout.buffer))),
         cache_logger_on_first_use=True,
     )
     _join_stdlib()
+
+
+class _Lines:
+    """A binary file whose lines go out together, FLUSH_S after the first of them at most; all at once without a running loop."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._is_due = False
+        atexit.register(self._flush)
+
+    def write(self, line: bytes) -> None:
+        self._file.write(line)
+
+    def flush(self) -> None:
+        if self._is_due:
+            return
+        try:
+            asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+        except RuntimeError:
+            self._file.flush()
+        else:
+            self._is_due = True
+
+    def _flush(self) -> None:
+        self._is_due = False
+        self._file.flush()
 
 
 def _join_stdlib() -> None:

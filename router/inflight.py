@@ -8,6 +8,7 @@ from collections import deque
 
 from prometheus_client import Gauge
 
+from oncepay.deadlines import Deadlines
 from oncepay.driver import Driver
 from oncepay.errors import OncepayError, TooBusy
 from oncepay.logs import get_logger
@@ -31,6 +32,7 @@ class InFlight:
 
     def __init__(self, store: PaymentStore) -> None:
         self._store = store
+        self._deadlines = Deadlines()
         self._driven: set[str] = set()
         self._queue: deque[tuple[Driver, Payment]] = deque()
         self._runners: set[asyncio.Task[None]] = set()
@@ -88,7 +90,7 @@ class InFlight:
             waiting = self._waiting.setdefault(payment.key, set())
             waiting.add(future)
             try:
-                payment = await asyncio.wait_for(future, min(left_s, LOOK_AGAIN_S))
+                payment = await self._deadlines.within(min(left_s, LOOK_AGAIN_S), future)
             except TimeoutError:
                 payment = await self._read(payment)
             finally:

@@ -6,6 +6,8 @@ Only `succeeded` and `canceled` are taken at their word: they are terminal at St
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from pathlib import Path
 
@@ -24,6 +26,12 @@ from shard.store.store import Shards
 
 TOLERANCE_S = 300
 SECRETS_AGE_S = 5.0
+ANSWER_FIRST_S = 0.4
+"""How long a fresh event waits for the answer of the call that caused it, when another process makes that call."""
+CALL_S = 2.0
+"""The same, when this process is in the middle of a call for that payment."""
+FRESH_S = 10.0
+"""Seconds after which an event is no longer fresh: a redelivery, or one that was long on its way."""
 FINISHED_MAX = 2_000
 """Finished payments that are remembered; the oldest is forgotten for a newer one."""
 
@@ -131,6 +139,8 @@ class StripeWebhooks:
         """Commit what the event says; the outcome's name."""
         head = msgspec.json.decode(event.data.object, type=ObjectHead)
         intent = head.id if head.object == "payment_intent" else head.payment_intent or ""
+        if event.type in _TERMINAL:
+            await self._answer_first(head, event.created)
         payment = await self._find(head, intent)
         if payment is None:
             return "foreign"  # another system's on this account, or made before its row's id was committed
@@ -150,6 +160,23 @@ class StripeWebhooks:
             return "known"
         await self._driver.look(payment.key, event.type)
         return "looked"
+
+    async def _answer_first(self, head: ObjectHead, created_s: int) -> None:
+        """Let the answer of the call that caused a fresh event be committed first.
+
+        Stripe's event often overtakes that answer. Applied by itself it would cost a commit of its own, another for the fee,
+        which the answer brings along and the event doesn't, and a conflict between the two. Without an answer the event is
+        applied just the same, a moment later.
+        """
+        key = (head.metadata or {}).get("oncepay_key", "")
+        if not key or self._finished.get(key) or time.time() - created_s > FRESH_S:
+            return
+        if self._driver.is_driving(key):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CALL_S):
+                    await self._driver.idle(key)
+        else:
+            await asyncio.sleep(ANSWER_FIRST_S)
 
     async def _find(self, head: ObjectHead, intent: str) -> Payment | None:
         """By the key in the metadata; an event that brings none, by its intent, on all shards, else through Stripe.

@@ -34,6 +34,10 @@ CROWD = 64
 less than two."""
 PATIENCE_S = 0.05
 """How long a batch may be in flight before what waits behind it goes another way."""
+PACE_S = 0.03
+"""How soon a batch may follow one of at least BUSY_ROWS operations. A batch costs as much as some thirty of its operations, so
+that under load fewer and larger ones make every payment cheaper, and settled sooner. A lone payment waits for nobody."""
+BUSY_ROWS = 4
 ROWS_MAX = 400
 """Operations in one batch."""
 WRITES_MAX = 1_000
@@ -151,6 +155,7 @@ class Batcher:
         self._busy = 0
         self._stopping = False
         self._sent_s = 0.0
+        self._sent_rows = 0
         self._crowded = asyncio.Event()
         self._done = BATCHES.labels(shard, "done")
         self._rows = ROWS.labels(shard)
@@ -232,7 +237,7 @@ class Batcher:
             batch = self._take()
             if batch:
                 self._busy += 1
-                self._sent_s = time.monotonic()
+                self._sent_s, self._sent_rows = time.monotonic(), len(batch)
                 try:
                     await self._send(connection, batch)
                 finally:
@@ -243,8 +248,9 @@ class Batcher:
         while not self._waiting:
             self._arrived.clear()
             await self._arrived.wait()
-        while self._busy and 0 < len(self._waiting) < CROWD:
-            patience_s = self._sent_s + PATIENCE_S - time.monotonic()
+        while 0 < len(self._waiting) < CROWD:
+            bound_s = PATIENCE_S if self._busy else PACE_S if self._sent_rows >= BUSY_ROWS else 0.0
+            patience_s = self._sent_s + bound_s - time.monotonic()
             if patience_s <= 0:
                 return
             self._crowded.clear()

@@ -35,6 +35,7 @@ class Leaders:
     def __init__(self, etcd: Etcd) -> None:
         self._mirror = Mirror(etcd, "patroni/", on_change=self._changed)
         self._current: dict[str, Node] = {}
+        self._member_slots: dict[str, list[str]] = {}
         self._callbacks: list[Callable[[str], None]] = []
         self._waiters: dict[str, asyncio.Event] = {}
 
@@ -69,13 +70,18 @@ class Leaders:
 
     def member_slots(self, shard: str) -> list[str]:
         """The names of the physical replication slots that the shard's members use, as Patroni makes them."""
-        start = f"{shard}/members/"
-        return [slot_name(key[len(start) :]) for key in self._mirror.kvs if key.startswith(start)]
+        found = self._member_slots.get(shard)
+        if found is None:
+            start = f"{shard}/members/"
+            found = [slot_name(key[len(start) :]) for key in self._mirror.kvs if key.startswith(start)]
+            self._member_slots[shard] = found
+        return found
 
     def _changed(self, key: str, value: KeyValue | None) -> None:
         shard, _, rest = key.partition("/")
         if rest != "leader" and not rest.startswith("members/"):
             return
+        self._member_slots.pop(shard, None)
         before, now = self._current.get(shard), self._find(shard)
         if before == now:
             return
