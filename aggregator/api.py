@@ -9,13 +9,14 @@ from aiohttp import web
 from aggregator import cursor, reads
 from aggregator.params import Query, path_id
 from aggregator.positions import Reader
-from aggregator.views import Orders, PositionsView, Revenue, SellerBalance, Sellers, Totals
+from aggregator.views import History, Orders, PositionsView, Revenue, SellerBalance, Sellers, Totals
 from oncepay.service import Handler, Service, json_response
 
 PATHS = {
     "/v1/sellers/{seller}/revenue": "revenue",
     "/v1/sellers/{seller}/balance": "balance",
     "/v1/buyers/{buyer}/orders": "orders",
+    "/v1/payments/{payment}/history": "history",
     "/v1/sellers": "sellers",
     "/v1/totals": "totals",
     "/v1/positions": "positions",
@@ -57,6 +58,13 @@ class Api:
         async with self._reader.snapshot(query.min_position()) as (connection, positions):
             page, following = await reads.orders(connection, buyer, after, limit)
         return json_response(Orders(buyer, page, following.encode() if following else None, positions))
+
+    async def history(self, request: web.Request) -> web.Response:
+        """GET /v1/payments/{payment}/history"""
+        query, key = Query(request), path_id(request, "payment")
+        async with self._reader.snapshot(query.min_position()) as (connection, positions):
+            versions = await reads.history(connection, key)
+        return json_response(History(key, versions, positions))
 
     async def sellers(self, request: web.Request) -> web.Response:
         """GET /v1/sellers"""

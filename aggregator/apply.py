@@ -17,6 +17,7 @@ from aggregator.fold import Sums, fold
 from aggregator.rows import (
     content_columns,
     entry_columns,
+    history_columns,
     latest_payments,
     link_columns,
     payment_columns,
@@ -61,10 +62,7 @@ async def apply(connection: asyncpg.Connection, batch: FeedBatch) -> FeedAnswer:
         reason = refusal(batch, incarnation, epoch, lsn)
         if reason:
             return FeedAnswer(False, lsn, incarnation, epoch, reason)
-        await _payments(connection, batch.shard, batch.payments)
-        new = await _entries(connection, batch.shard, batch.entries)
-        await _links(connection, batch.shard, batch.links)
-        await _sums(connection, batch.shard, fold(new))
+        await put_rows(connection, batch)
         await connection.execute(SQL["move_watermark"], batch.shard, batch.to_lsn, batch.epoch)
     return FeedAnswer(True, batch.to_lsn, batch.incarnation, batch.epoch)
 
@@ -78,9 +76,18 @@ def refusal(batch: FeedBatch, incarnation: str, epoch: int, lsn: int) -> str:
     return "" if batch.from_lsn == lsn else "gap"
 
 
-async def _payments(connection: asyncpg.Connection, shard: str, rows: Sequence[PaymentRow]) -> None:
+async def put_rows(connection: asyncpg.Connection, batch: FeedBatch, *, at_commit: bool = True) -> None:
+    """Put the batch's rows into the tables and the sums. Without `at_commit` they are no commits but a table's rows."""
+    await _payments(connection, batch.shard, batch.payments, at_commit=at_commit)
+    new = await _entries(connection, batch.shard, batch.entries)
+    await _links(connection, batch.shard, batch.links)
+    await add_sums(connection, batch.shard, fold(new))
+
+
+async def _payments(connection: asyncpg.Connection, shard: str, rows: Sequence[PaymentRow], *, at_commit: bool) -> None:
     if not rows:
         return
+    await connection.execute(SQL["add_history"], shard, *history_columns(rows, at_commit=at_commit))
     latest = latest_payments(rows)
     columns = payment_columns(latest)
     tag = await connection.execute(SQL["upsert_payments"], shard, *columns)
@@ -108,8 +115,8 @@ async def _links(connection: asyncpg.Connection, shard: str, rows: Sequence[Link
         await connection.execute(SQL["insert_links"], shard, *link_columns(rows))
 
 
-async def _sums(connection: asyncpg.Connection, shard: str, sums: Sums) -> None:
-    """Add what the new entries come to."""
+async def add_sums(connection: asyncpg.Connection, shard: str, sums: Sums) -> None:
+    """Add what new entries come to."""
     if not sums.kinds:
         return
     days = sorted(sums.seller_days.items())

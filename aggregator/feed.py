@@ -12,6 +12,7 @@ from aggregator import apply, metrics
 from aggregator.database import Database
 from aggregator.params import path_id
 from aggregator.positions import Reader
+from aggregator.rebuild import rebuild
 from oncepay.errors import BodyTooLarge, MalformedBody, Unauthorized
 from oncepay.feed import FEED_BYTES_MAX, FeedAnswer, FeedBatch, decode_batch
 from oncepay.logs import get_logger
@@ -21,7 +22,7 @@ _log = get_logger("feed")
 
 
 class FeedDoor:
-    """The two calls of a worker."""
+    """The calls of a worker."""
 
     def __init__(self, database: Database, reader: Reader, internal_token: str) -> None:
         self._database = database
@@ -32,6 +33,7 @@ class FeedDoor:
         """Serve them. They are no part of the public API: the secret between services opens them, not an API key."""
         service.route("POST", "/v1/feed", self.post)
         service.route("GET", "/v1/feed/{shard}", self.position)
+        service.route("POST", "/v1/feed/{shard}/rebuild", self.rebuild)
 
     def _authorize(self, request: web.Request) -> None:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
@@ -59,6 +61,18 @@ class FeedDoor:
             answer = await apply.apply(connection, batch)
         self._note(batch, answer, time.perf_counter() - began)
         return json_response(answer)
+
+    async def rebuild(self, request: web.Request) -> web.Response:
+        """POST /v1/feed/{shard}/rebuild"""
+        self._authorize(request)
+        shard = path_id(request, "shard")
+        async with self._database.connection("feed") as connection:
+            position = await rebuild(connection, shard, request.content)
+        metrics.REBUILDS.labels(shard).inc()
+        if position.watermark is not None:
+            self._reader.moved(shard, position.watermark)
+            metrics.WATERMARK.labels(shard).set(position.watermark)
+        return json_response(position)
 
     def _note(self, batch: FeedBatch, answer: FeedAnswer, seconds: float) -> None:
         metrics.BATCHES.labels(batch.shard, answer.reason or "applied").inc()

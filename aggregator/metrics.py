@@ -10,3 +10,4 @@ CONTRADICTIONS = Counter("oncepay_feed_contradictions", "Entries that came again
 APPLY_SECONDS = Histogram("oncepay_feed_apply_seconds", "Time to apply a batch, its commit included.")
 LAG_SECONDS = Gauge("oncepay_feed_lag_seconds", "From the shard's commit to here, for the newest row applied.", ["shard"])
 WATERMARK = Gauge("oncepay_feed_watermark_bytes", "The position up to which the shard's feed is applied.", ["shard"])
+REBUILDS = Counter("oncepay_feed_rebuilds", "Times that what is derived from a shard was made anew.", ["shard"])

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 
 from aggregator.params import LIMIT_DEFAULT, LIMIT_MAX
-from aggregator.views import Orders, PositionsView, Revenue, SellerBalance, Sellers, Totals
+from aggregator.views import History, Orders, PositionsView, Revenue, SellerBalance, Sellers, Totals
 from oncepay import __doc__ as _about
 
-_SCHEMAS = (Revenue, SellerBalance, Orders, Sellers, Totals, PositionsView)
+_SCHEMAS = (Revenue, SellerBalance, Orders, History, Sellers, Totals, PositionsView)
 
 
 class Problem(msgspec.Struct):
@@ -36,6 +36,7 @@ _CURRENCY = _parameter("currency", "ISO 4217 code in lower case.", _STRING)
 _LIMIT = _parameter("limit", "Rows a page.", {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMIT_DEFAULT})
 _SELLER = _parameter("seller", "The seller's id.", _STRING, where="path", required=True)
 _BUYER = _parameter("buyer", "The buyer's id.", _STRING, where="path", required=True)
+_PAYMENT = _parameter("payment", "The payment's key.", _STRING, where="path", required=True)
 _REVENUE = [
     _SELLER,
     _CURRENCY | {"required": True},
@@ -54,6 +55,11 @@ _CALLS: dict[str, tuple[str, type, list[dict[str, Any]]]] = {
         "A buyer's payments, newest first.",
         Orders,
         [_BUYER, _parameter("cursor", "What the page before gave.", _STRING), _LIMIT],
+    ),
+    "/v1/payments/{payment}/history": (
+        "A payment's versions: what made each, who, when, and where in the log.",
+        History,
+        [_PAYMENT],
     ),
     "/v1/sellers": ("The sellers with the most gross.", Sellers, [_CURRENCY, _LIMIT]),
     "/v1/totals": ("The books as a whole.", Totals, []),

@@ -11,6 +11,7 @@ from aggregator import positions
 from aggregator.views import Interval
 from oncepay.cart import BUYER_LENGTH_MAX, SELLER_LENGTH_MAX
 from oncepay.errors import InvalidField
+from oncepay.keys import KEY_CHARACTERS
 from oncepay.money import exponent
 
 LIMIT_DEFAULT = 50
@@ -90,10 +91,13 @@ class Query:
         return self._query.get("cursor")
 
 
-def path_id(request: web.Request, name: Literal["seller", "buyer", "shard"]) -> str:
+_LENGTHS_MAX = {"seller": SELLER_LENGTH_MAX, "buyer": BUYER_LENGTH_MAX, "shard": SELLER_LENGTH_MAX, "payment": KEY_CHARACTERS}
+
+
+def path_id(request: web.Request, name: Literal["seller", "buyer", "shard", "payment"]) -> str:
     """An id in the path, decoded."""
     value = request.match_info[name]
-    longest = BUYER_LENGTH_MAX if name == "buyer" else SELLER_LENGTH_MAX
+    longest = _LENGTHS_MAX[name]
     if not value or len(value) > longest or not value.isprintable():
         raise InvalidField(f"a {name}'s id has 1 to {longest} printable characters", field=name)
     return value

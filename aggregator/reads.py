@@ -14,6 +14,7 @@ from aggregator.views import (
     AccountSum,
     Balance,
     CurrencyTotal,
+    HistoryRow,
     Interval,
     Order,
     OrderFailure,
@@ -72,8 +73,18 @@ def _order(row: asyncpg.Record) -> Order:
     members["platform_fee"] = row["platform_fee"] or 0
     members["failure"] = _failure.decode(row["failure"]) if row["failure"] else msgspec.UNSET
     for name in ("created_at", "updated_at"):
-        members[name] = row[name].astimezone(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        members[name] = _shown(row[name])
     return Order(**members)
+
+
+def _shown(time: dt.datetime) -> str:
+    return time.astimezone(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+async def history(connection: asyncpg.Connection, key: str) -> list[HistoryRow]:
+    """All versions of a payment that are known, oldest first."""
+    rows = await connection.fetch(SQL["history"], key)
+    return [HistoryRow(**{**dict(row), "at": _shown(row["at"])}) for row in rows]
 
 
 async def sellers(connection: asyncpg.Connection, currency: str | None, limit: int) -> list[SellerSum]:

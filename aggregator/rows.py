@@ -101,6 +101,15 @@ def payment_columns(rows: Sequence[PaymentRow]) -> Columns:
     return _transposed(made, 16)
 
 
+def history_columns(rows: Iterable[PaymentRow], *, at_commit: bool) -> Columns:
+    """For `add_history`. Without `at_commit` the rows are a table's, and when each was committed isn't known exactly."""
+    made = [
+        (r.key, r.version, r.slot, r.status, r.event, r.actor, time_of(r.committed_at_ms * 1000), r.lsn if at_commit else None)
+        for r in sorted(rows, key=attrgetter("key", "version"))
+    ]
+    return _transposed(made, 8)
+
+
 def sorted_entries(rows: Iterable[EntryRow]) -> list[EntryRow]:
     """In the order of the table's key."""
     return sorted(rows, key=attrgetter("key", "entry_id"))

@@ -96,6 +96,30 @@ class Orders(msgspec.Struct, frozen=True):
     positions: Positions
 
 
+class HistoryRow(msgspec.Struct, frozen=True):
+    """One version of a payment: the event that made it, the process that committed it, and when (UTC, RFC 3339).
+
+    `lsn` is the position of its commit in the log of `shard`; null when it is known from a rebuild only, and `at` is then the
+    row's own time.
+    """
+
+    version: int
+    status: str
+    event: str
+    actor: str
+    at: str
+    shard: str
+    lsn: str | None
+
+
+class History(msgspec.Struct, frozen=True):
+    """A payment's whole story, oldest first. A version that isn't there was committed while the feed had lost its log."""
+
+    key: str
+    versions: list[HistoryRow]
+    positions: Positions
+
+
 class SellerSum(msgspec.Struct, frozen=True):
     """One seller's sums of all time, in minor units of `currency`."""
 

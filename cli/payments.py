@@ -42,7 +42,7 @@ def payments() -> None:
     \b
     Example:
       oncepay payments list --buyer b-77
-      oncepay payments show order-10042
+      oncepay payments show order-10042 --history
       oncepay payments pay order-10042 --buyer b-77 --item records-4:1499:2 --card pm_card_visa
       oncepay payments refund order-10042 --amount 500
     """
@@ -50,18 +50,33 @@ def payments() -> None:
 
 @payments.command()
 @click.argument("key")
+@click.option("--history", "with_history", is_flag=True, help="Also each event that moved it: when, at which LSN, by whom.")
 @url_option
+@click.option("--aggregator-url", help="The aggregator's origin, for --history. By default the local cluster's.")
 @key_option
 @output_option
 @handle_errors
-def show(key: str, url: str | None, api_key_file: Path | None, output: str) -> None:
+def show(
+    key: str, with_history: bool, url: str | None, aggregator_url: str | None, api_key_file: Path | None, output: str
+) -> None:
     """Show a payment with its refunds, disputes and ledger entries.
 
     \b
     Example:
       oncepay payments show order-10042
+      oncepay payments show order-10042 --history
     """
-    _print(_run(url, api_key_file, lambda client: client.get(key)), output)
+    if not with_history:
+        _print(_run(url, api_key_file, lambda client: client.get(key)), output)
+        return
+    from cli.history import print_history, read_history
+
+    payment, versions = _run(url, api_key_file, lambda client: read_history(client, key), aggregator_url)
+    if output == "json":
+        click.echo(json.dumps({**msgspec.to_builtins(payment), "history": versions}))
+        return
+    _print(payment, output)
+    print_history(versions, payment.version)
 
 
 @payments.command(name="list")
@@ -184,7 +199,7 @@ def _item(text: str) -> dict[str, Any]:
     return {"seller": seller, "amount": int(numbers[0]), **({"quantity": int(numbers[1])} if len(numbers) > 1 else {})}
 
 
-def _run(url: str | None, api_key_file: Path | None, work: Callable[[Oncepay], Awaitable[T]]) -> T:
+def _run(url: str | None, api_key_file: Path | None, work: Callable[[Oncepay], Awaitable[T]], aggregator: str | None = None) -> T:
     """Do `work` with a client of the cluster. Raises Refused, Unavailable, or the local cluster's errors."""
     from oncepay.client import Oncepay, Problem, Unreachable
 
@@ -193,12 +208,13 @@ def _run(url: str | None, api_key_file: Path | None, work: Callable[[Oncepay], A
 
         status = Cluster(home()).status()
         url = url or status.urls.get("router", "")
+        aggregator = aggregator or status.urls.get("aggregator", "")
         api_key = status.api_key if api_key_file is None else api_key_file.read_text().strip()
     else:
         api_key = api_key_file.read_text().strip()
 
     async def run() -> T:
-        async with Oncepay(router=url, api_key=api_key, deadline_s=DEADLINE_S) as client:
+        async with Oncepay(router=url, aggregator=aggregator or "", api_key=api_key, deadline_s=DEADLINE_S) as client:
             return await work(client)
 
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.common import WRONG, fail, handle_errors, home, output_option
+from cli.resnapshot import resnapshot
 from oncepay.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def shards() -> None:
     Example:
       oncepay shards check-cache
     """
+
+
+shards.add_command(resnapshot)
 
 
 @shards.command("check-cache", short_help="Compare the workers' pending caches with the tables.")

@@ -21,6 +21,7 @@ class PaymentRow(msgspec.Struct, array_like=True, frozen=True):
 
     `lsn` is the end of its commit, `committed_at_ms` the transaction's time. `terms` and `progress` are the columns'
     JSON text; None when the log doesn't repeat a large value that didn't change: what an earlier row said still holds.
+    `event` is why this version was made, `actor` the process that made it.
     """
 
     lsn: int
@@ -41,6 +42,8 @@ class PaymentRow(msgspec.Struct, array_like=True, frozen=True):
     updated_at_us: int
     expires_at_us: int
     open_work: bool = True
+    event: str = ""
+    actor: str = ""
 
 
 class EntryRow(msgspec.Struct, array_like=True, frozen=True):
@@ -116,6 +119,19 @@ class FeedPosition(msgspec.Struct, frozen=True):
     epoch: int
 
 
+class RebuildHead(msgspec.Struct, array_like=True, frozen=True):
+    """How a rebuild of a shard's derived data begins: all that the shard's tables hold at `lsn` follows.
+
+    `slots` are the ranges (first, last) that the shard owned then: what is derived of these is replaced.
+    """
+
+    shard: str
+    incarnation: str
+    epoch: int
+    lsn: int
+    slots: tuple[tuple[int, int], ...]
+
+
 _batch_encoder = msgspec.msgpack.Encoder()
 _batch_decoder = msgspec.msgpack.Decoder(FeedBatch)
 
@@ -128,6 +144,28 @@ def encode_batch(batch: FeedBatch) -> bytes:
 def decode_batch(body: bytes) -> FeedBatch:
     """The batch in a body. Raises msgspec.DecodeError (or its ValidationError) when it is none."""
     return _batch_decoder.decode(body)
+
+
+_head_encoder = msgspec.msgpack.Encoder()
+_head_decoder = msgspec.msgpack.Decoder(RebuildHead)
+
+REBUILD_END = b"\0\0\0\0"
+"""The empty frame with which a rebuild's body ends. A body without it was cut off, and changes nothing."""
+
+
+def encode_head(head: RebuildHead) -> bytes:
+    """A rebuild's first frame, without its length."""
+    return _head_encoder.encode(head)
+
+
+def decode_head(frame: bytes) -> RebuildHead:
+    """The head in a rebuild's first frame. Raises msgspec.DecodeError (or its ValidationError) when it is none."""
+    return _head_decoder.decode(frame)
+
+
+def framed(frame: bytes) -> bytes:
+    """A frame of a rebuild's body: its length in 4 bytes (big-endian) before it."""
+    return len(frame).to_bytes(4, "big") + frame
 
 
 def lsn_text(lsn: int) -> str:

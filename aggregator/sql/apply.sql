@@ -62,6 +62,13 @@ update oncepay.payments p set items = u.items, platform_fee = u.fee
 from unnest($1::text[], $2::text[], $3::bigint[]) u (key, items, fee)
 where p.key = u.key and p.items is null and u.items is not null
 
+-- name: add_history
+insert into oncepay.payment_history (key, version, slot, status, event, actor, committed_at, shard, lsn)
+select u.key, u.version, u.slot, u.status, u.event, u.actor, u.committed_at, $1, u.lsn
+from unnest($2::text[], $3::bigint[], $4::integer[], $5::text[], $6::text[], $7::text[], $8::timestamptz[], $9::pg_lsn[])
+     u (key, version, slot, status, event, actor, committed_at, lsn)
+on conflict (key, version) do nothing
+
 -- name: add_seller_days
 insert into oncepay.seller_days as d (seller, currency, day, shard, payments, gross, refunded, disputed, fees, net)
 select u.seller, u.currency, u.day, $1, u.payments, u.gross, u.refunded, u.disputed, u.fees,

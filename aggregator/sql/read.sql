@@ -36,6 +36,10 @@ where buyer = $1 and ($2::timestamptz is null or (created_at, key) < ($2, $3::te
 order by created_at desc, key desc
 limit $4
 
+-- name: history
+select version, status, event, actor, committed_at as at, shard, lsn::text as lsn
+from oncepay.payment_history where key = $1 order by version
+
 -- name: sellers
 select seller, currency, sum(payments)::bigint as payments, sum(gross)::bigint as gross, sum(fees)::bigint as fees,
        sum(net)::bigint as net

@@ -39,15 +39,31 @@ async def start(service: Service) -> AsyncIterator[None]:
         service.check("feed", worker.check_feed)
         service.check("cache", worker.check_cache)
         service.route("GET", "/v1/cache", lambda request: _cache(request, worker, settings.internal_token))
+        for method in ("GET", "POST"):
+            service.route(method, "/v1/resnapshot", lambda request: _resnapshot(request, worker, settings.internal_token))
         service.spawn(worker.run(), "worker")
         yield
 
 
-async def _cache(request: web.Request, worker: Worker, token: str) -> web.Response:
-    """GET /v1/cache: `{"shard", "name", "certain_lsn", "pending": [[key, version, status], …]}`, of the active worker."""
+def _authorize(request: web.Request, token: str) -> None:
     given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
     if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-        raise Unauthorized("the cache's listing takes the secret between services")
+        raise Unauthorized("a worker's calls take the secret between services")
+
+
+async def _resnapshot(request: web.Request, worker: Worker, token: str) -> web.Response:
+    """POST /v1/resnapshot: begin a rebuild; GET: how far it is. Both answer `{"name", "feed", "progress": {…}}`."""
+    _authorize(request, token)
+    if not (worker.active and worker.resnapshot):
+        raise Unavailable("this worker stands by")
+    progress = worker.resnapshot.ask() if request.method == "POST" else worker.resnapshot.progress
+    status = 202 if request.method == "POST" else 200
+    return json_response({"name": worker.name, "feed": worker.problem, "progress": progress}, status=status)
+
+
+async def _cache(request: web.Request, worker: Worker, token: str) -> web.Response:
+    """GET /v1/cache: `{"shard", "name", "certain_lsn", "pending": [[key, version, status], …]}`, of the active worker."""
+    _authorize(request, token)
     if not (worker.active and worker.filled and worker.feed):
         raise Unavailable("this worker stands by, or its cache is being filled")
     pending = [(item.key, item.version, item.status.value) for item in worker.cache]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import aiohttp
 import msgspec
@@ -57,6 +59,8 @@ class Forwarder:
         self._dropped_ms: int | None = None
         self._work = asyncio.Event()
         self._space = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._again = asyncio.Event()
 
     def connected(self, stream: Stream) -> None:
         """A new stream: what waited from the one before comes again."""
@@ -104,19 +108,37 @@ class Forwarder:
         while True:
             await self._wait_for_work()
             try:
-                if not self._located:
-                    await self._locate()
-                await self._forward()
+                async with self._turn:
+                    if not self._located:
+                        await self._locate()
+                    await self._forward()
+                    self._set_problem(None)
+                pause_s = RETRY_S
             except FeedHalted as problem:
                 self._set_problem(problem)
-                await asyncio.sleep(RECHECK_S)
+                await self._pause(RECHECK_S)
             except FeedDown as problem:
                 self._set_problem(problem)
-                await asyncio.sleep(pause_s)
+                await self._pause(pause_s)
                 pause_s = min(pause_s * 2, RETRY_MAX_S)
-            else:
-                self._set_problem(None)
-                pause_s = RETRY_S
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Nothing is forwarded and the slot stands still meanwhile; afterwards the aggregator is asked where it is."""
+        async with self._turn:
+            self._set_problem(FeedDown("what the aggregator derives from the shard is being rebuilt"))
+            try:
+                yield
+            finally:
+                self._located = False
+                self._work.set()
+                self._again.set()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, at most until a rebuild has ended."""
+        self._again.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._again.wait(), seconds)
 
     async def _wait_for_work(self) -> None:
         while self._stream is None or self.reread.is_set() or (self._located and self._certain_lsn <= (self.watermark or 0)):

@@ -20,3 +20,6 @@ PENDING = Gauge("oncepay_pending_payments", "Payments with open work, by status.
 POLLS = Counter("oncepay_polls", "Open payments looked at, by how and by what came of it.", ["shard", "how", "outcome"])
 LISTED = Counter("oncepay_poll_listed", "Objects read in lists while polling.", ["shard", "what"])
 CIRCUIT_OPEN = Gauge("oncepay_poll_circuit_open", "1 while polling pauses because Stripe is down.", ["shard"])
+REBUILDS = Counter(
+    "oncepay_worker_rebuilds", "Rebuilds of what the aggregator derives from the shard, by outcome.", ["shard", "outcome"]
+)

@@ -106,15 +106,15 @@ class ReplicationConnection(asyncio.Protocol):
     def closed(self) -> bool:
         return self._error is not None
 
-    async def query(self, sql: str) -> Rows:
+    async def query(self, sql: str, timeout_s: float = QUERY_S) -> Rows:
         """The rows of one simple query, as text. Only before `stream`. Raises ReplicationClosed or ReplicationError."""
-        return await self._command(sql)
+        return await self._command(sql, timeout_s)
 
     async def stream(self, command: str) -> None:
         """Send START_REPLICATION; returns when the server has begun."""
         await self._command(command)
 
-    async def _command(self, sql: str) -> Rows:
+    async def _command(self, sql: str, timeout_s: float = QUERY_S) -> Rows:
         self._check()
         assert self._answer is None, "one command at a time"
         assert not self._streaming, "no command while streaming"
@@ -123,10 +123,10 @@ class ReplicationConnection(asyncio.Protocol):
         text = sql.encode() + b"\0"
         self._transport.write(_HEAD.pack(ord("Q"), 4 + len(text)) + text)
         try:
-            return await asyncio.wait_for(self._answer, QUERY_S)
+            return await asyncio.wait_for(self._answer, timeout_s)
         except TimeoutError:
             self.close()
-            raise ReplicationClosed(f"no answer in {QUERY_S:.0f} s") from None
+            raise ReplicationClosed(f"no answer in {timeout_s:.0f} s") from None
         finally:
             self._answer = None
 

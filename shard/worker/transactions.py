@@ -21,7 +21,7 @@ _ENTRY_COLUMNS = ("slot", "key", "entry_id", "kind", "currency", "source", "acco
 _LINK_COLUMNS = ("slot", "key", "entry_id", "balance_transaction", "created_at")
 PAYMENTS, ENTRIES, LINKS = "oncepay.payments", "oncepay.entries", "oncepay.balance_links"
 WANTED = {
-    PAYMENTS: frozenset((*_PAYMENT_COLUMNS, "terms", "progress", "open_work", *_MOMENTS)),
+    PAYMENTS: frozenset((*_PAYMENT_COLUMNS, "terms", "progress", "open_work", "event", "actor", *_MOMENTS)),
     ENTRIES: frozenset(_ENTRY_COLUMNS),
     LINKS: frozenset(_LINK_COLUMNS),
 }
@@ -104,7 +104,7 @@ class Assembler:
 
 def _payment(lsn: int, at_ms: int, row: dict[str, Any]) -> PaymentRow:
     values = [lsn, at_ms, *(row[name] for name in _PAYMENT_COLUMNS), row.get("terms"), row.get("progress")]
-    return PaymentRow(*values, *[row[name] for name in (*_MOMENTS, "open_work")])
+    return PaymentRow(*values, *[row[name] for name in (*_MOMENTS, "open_work", "event", "actor")])
 
 
 def _entry(lsn: int, at_ms: int, row: dict[str, Any]) -> EntryRow:

@@ -23,6 +23,7 @@ from shard.worker.forward import Forwarder
 from shard.worker.lease import Seat
 from shard.worker.pgoutput import MalformedMessage
 from shard.worker.poller import Poller
+from shard.worker.resnapshot import Resnapshot
 
 RETRY_S = 0.5
 MEASURE_S = 1.0
@@ -46,6 +47,7 @@ class Worker:
         self.filled = False
         self.feed: Feed | None = None
         self.forwarder: Forwarder | None = None
+        self.resnapshot: Resnapshot | None = None
         self._settings = settings
         self._shards = shards
         self._stripe = stripe
@@ -92,12 +94,17 @@ class Worker:
             self.forwarder,
             lambda transaction: self.cache.changed_all(transaction.payments),
         )  # fmt: skip
+        self.resnapshot = Resnapshot(
+            self.shard, self.name, epoch, self._settings, self._shards.leaders, self._shards.connect, self._http, self.feed,
+            self.forwarder,
+        )  # fmt: skip
         self._set_active(True)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._until_lost(), name="seat")
             group.create_task(self.feed.run(), name="feed")
             group.create_task(self.forwarder.run(), name="forwarder")
             group.create_task(self._poll(batcher, self.feed), name="poller")
+            group.create_task(self.resnapshot.run(), name="resnapshot")
             group.create_task(self._measure(self.feed), name="measure")
 
     async def _until_lost(self) -> None:
@@ -135,9 +142,15 @@ class Worker:
         self.filled = False
         metrics.ACTIVE.labels(self.shard).set(active)
         if not active:
-            self.feed = self.forwarder = None
+            self.feed = self.forwarder = self.resnapshot = None
 
     # Health
+
+    @property
+    def problem(self) -> str:
+        """Why the feed doesn't move; empty when it does."""
+        parts = (self.feed, self.forwarder)
+        return next((str(part.problem) for part in parts if part is not None and part.problem is not None), "")
 
     async def check_feed(self) -> None:
         """Raises what an operator has to know: the feed is halted, or can't read the shard."""

@@ -32,6 +32,11 @@ def test_a_payment_is_made_shown_listed_and_given_back(runner: CliRunner) -> Non
     assert given["amount_refunded"] == 500
     shown = runner.invoke(main, ["payments", "show", key])
     assert "stripe:clearing" in shown.stdout
+    story = json.loads(runner.invoke(main, ["payments", "show", key, "--history", "--output", "json"]).stdout)
+    assert [each["version"] for each in story["history"]] == list(range(1, story["version"] + 1))
+    assert all(each["lsn"] and each["actor"].startswith(("router-", "worker-")) for each in story["history"])
+    assert story["history"][0]["event"].startswith("accepted")
+    assert "position" in runner.invoke(main, ["payments", "show", key, "--history"]).stdout
     listed = json.loads(runner.invoke(main, ["payments", "list", "--buyer", buyer, "--output", "json"]).stdout)
     assert [payment["key"] for payment in listed["payments"]] == [key]
 

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 from click.testing import CliRunner
 
-from cli.common import UNREACHABLE, WRONG
+from cli.common import UNREACHABLE, USAGE, WRONG
 from cli.shards import differing, shards
 from deploy.local import Cluster
 
@@ -94,3 +94,23 @@ def test_caches_of_a_whole_cluster(cluster: Cluster) -> None:
     assert key in text.stdout
     result = CliRunner().invoke(shards, ["check-cache", "--output", "json"], env=env)
     assert result.exit_code == 0, "the next change of the payment brings its whole row"
+
+
+@pytest.mark.cluster
+def test_a_healthy_shard_is_rebuilt_while_it_works(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONCEPAY_HOME", str(cluster.home))
+    asyncio.run(carts(cluster, 3))
+    planned = CliRunner().invoke(shards, ["resnapshot", "s0", "--dry-run", "--output", "json"])
+    assert planned.exit_code == 0, planned.output
+    assert json.loads(planned.stdout)["shards"][0]["worker"].startswith("worker-s0-")
+    done = CliRunner().invoke(shards, ["resnapshot", "s0", "--output", "json"])
+    assert done.exit_code == 0, done.output
+    [result] = json.loads(done.stdout)["shards"]
+    assert (result["shard"], result["state"]) == ("s0", "done")
+    assert result["rows"] >= 0
+    assert "/" in result["position"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["s0", "--all"]])
+def test_a_rebuild_names_its_shards(arguments: list[str]) -> None:
+    assert CliRunner().invoke(shards, ["resnapshot", *arguments]).exit_code == USAGE

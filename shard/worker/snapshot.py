@@ -1,0 +1,160 @@
+"""A shard's tables as they were at one exact position of its log, as the feed would have brought them.
+
+The position and the snapshot come from a logical slot that is made for this: the snapshot holds exactly the transactions
+that committed before the slot's consistent point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any
+
+import asyncpg
+
+from oncepay.errors import ShardUnavailable
+from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow, RebuildHead, lsn_text, parse_lsn
+from oncepay.logs import get_logger
+from oncepay.settings import Settings
+from shard.store.leader import Node
+from shard.worker.errors import StandDown, WrongNode
+from shard.worker.replication import ReplicationConnection
+from shard.worker.stream import ROLE, SLOT
+
+PAGE_ROWS = 2_000
+SLOT_S = 60.0
+"""How long making a slot may take: it waits for all transactions that were running when it began."""
+
+_IDENTITY = "select pg_is_in_recovery(), i.incarnation, w.epoch from oncepay.identity i cross join oncepay.worker_epoch w"
+_LOST = f"select wal_status from pg_replication_slots where slot_name = '{SLOT}' and database = current_database()"  # noqa: S608
+_SQL = (resources.files("shard.worker") / "sql" / "snapshot.sql").read_text()
+_log = get_logger("snapshot")
+
+Connect = Callable[[str, int], Awaitable[asyncpg.Connection]]
+
+
+def _statements() -> dict[str, str]:
+    parts = [part.partition("\n") for part in _SQL.split("\n-- name: ")[1:]]
+    return {name: statement.strip() for name, _, statement in parts}
+
+
+SQL = _statements()
+
+
+class Snapshot:
+    """All that `node` held at `head.lsn`. `expected` is about how many rows there are, for showing progress."""
+
+    def __init__(self, head: RebuildHead, node: Node, timeline: int, expected: int, session: asyncpg.Connection) -> None:
+        self.head = head
+        self.node = node
+        self.timeline = timeline
+        self.expected = expected
+        self._session = session
+
+    async def batches(self) -> AsyncIterator[FeedBatch]:
+        """Everything, in batches of PAGE_ROWS rows. Raises ShardUnavailable."""
+        lsn = self.head.lsn
+        try:
+            async for page in self._pages("payments"):
+                yield self._batch(payments=tuple(_payment(lsn, row) for row in page))
+            async for page in self._pages("entries"):
+                yield self._batch(entries=tuple(_entry(lsn, row) for row in page))
+            async for page in self._pages("links"):
+                yield self._batch(links=tuple(_link(lsn, row) for row in page))
+        except _FAILURES as error:
+            raise ShardUnavailable(f"the shard's tables can't be read: {error!r}") from error
+
+    async def _pages(self, table: str) -> AsyncIterator[Sequence[Any]]:
+        cursor = await self._session.cursor(SQL[table])
+        while page := await cursor.fetch(PAGE_ROWS):
+            yield page
+
+    def _batch(self, **rows: Any) -> FeedBatch:
+        head = self.head
+        return FeedBatch(head.shard, head.incarnation, head.epoch, 0, head.lsn, **rows)
+
+
+_FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+@asynccontextmanager
+async def open_snapshot(
+    shard: str, node: Node, settings: Settings, name: str, epoch: int, connect: Connect
+) -> AsyncIterator[Snapshot]:
+    """Freeze a view of `node`'s tables. A feed slot that has lost its log is made anew first, so that it begins before.
+
+    Raises WrongNode when the node isn't the leader, StandDown when the epoch is over, ShardUnavailable, ReplicationClosed.
+    """
+    postgres = settings.postgres
+    maker = await ReplicationConnection.open(node.host, node.port, ROLE, postgres.worker_password, postgres.database, name)
+    try:
+        [(_, timeline, _, _)] = await maker.query("IDENTIFY_SYSTEM")
+        incarnation = await _identify(maker, node, epoch)
+        await _revive_slot(maker)
+        [(_, point, exported, _)] = await maker.query(
+            f"CREATE_REPLICATION_SLOT \"{SLOT}_rebuild_{epoch}\" TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')", SLOT_S
+        )
+        assert timeline is not None
+        assert point is not None
+        assert exported is not None
+        session = await _session(node, connect)
+        try:
+            async with session.transaction(isolation="repeatable_read", readonly=True):
+                await session.execute(f"set transaction snapshot '{exported}'")
+                await session.execute("set local idle_in_transaction_session_timeout = 0")  # the aggregator sets the pace
+                await session.execute("set local enable_seqscan = on")
+                slots = tuple((row[0], row[1]) for row in await session.fetch(SQL["ranges"]))
+                expected = int(await session.fetchval(SQL["expected"]))
+                head = RebuildHead(shard, incarnation, epoch, parse_lsn(point), slots)
+                _log.info("snapshot taken", node=node.name, lsn=lsn_text(head.lsn), slots=slots, expected=expected)
+                yield Snapshot(head, node, int(timeline), expected, session)
+        finally:
+            session.terminate()
+    finally:
+        maker.close()
+
+
+async def _session(node: Node, connect: Connect) -> asyncpg.Connection:
+    try:
+        return await connect(node.host, node.port)
+    except _FAILURES as error:
+        raise ShardUnavailable(f"{node.name} can't be reached: {error!r}") from error
+
+
+async def _identify(maker: ReplicationConnection, node: Node, epoch: int) -> str:
+    rows = await maker.query(_IDENTITY)
+    if not rows or rows[0][0] == "t" or rows[0][1] is None or rows[0][2] is None:
+        raise WrongNode(f"{node.name} is not the leader, or has no identity yet")
+    [(_, incarnation, known)] = rows
+    assert incarnation is not None
+    if int(known or 0) != epoch:
+        raise StandDown(f"epoch {epoch} is over: the shard's worker holds {known}")
+    return incarnation
+
+
+async def _revive_slot(maker: ReplicationConnection) -> None:
+    """Make sure that the feed's slot exists and has its log: whatever is committed from now on is in it."""
+    rows = await maker.query(_LOST)
+    if rows and rows[0][0] != "lost":
+        return
+    if rows:
+        await maker.query(f"select pg_drop_replication_slot('{SLOT}')")
+    await maker.query(f"select pg_create_logical_replication_slot('{SLOT}', 'pgoutput')", SLOT_S)
+    _log.warning("the feed's slot was made anew", slot=SLOT, lost=bool(rows))
+
+
+def _payment(lsn: int, row: Sequence[Any]) -> PaymentRow:
+    return PaymentRow(lsn, row[13] // 1000, *row)
+
+
+def _entry(lsn: int, row: Sequence[Any]) -> EntryRow:
+    slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at_us = row
+    return EntryRow(
+        lsn, created_at_us // 1000, slot, key, entry_id, kind, currency, source, tuple(accounts), tuple(amounts), tuple(sellers),
+        created_at_us,
+    )  # fmt: skip
+
+
+def _link(lsn: int, row: Sequence[Any]) -> LinkRow:
+    return LinkRow(lsn, row[4] // 1000, *row)

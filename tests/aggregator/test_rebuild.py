@@ -1,0 +1,159 @@
+"""Rebuilding what is derived from one shard, against a real Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from aggregator import apply
+from aggregator.rebuild import EpochEnded, rebuild
+from oncepay.errors import MalformedBody
+from oncepay.feed import REBUILD_END, FeedBatch, PaymentRow, RebuildHead, encode_batch, encode_head, framed
+from tests.aggregator.database import empty, expected, held
+from tests.aggregator.strategies import History, histories
+from tests.aggregator.test_apply import REAL, paid
+
+pytestmark = pytest.mark.cluster
+ALL = ((0, 65_535),)
+
+
+def body(history: History, *, epoch: int = 2, slots: tuple[tuple[int, int], ...] = ALL, end: bytes = REBUILD_END) -> bytes:
+    """What a worker sends of a shard's tables at the history's end: each payment as it is then, all entries and links."""
+    lsn = history.lsn
+    latest: dict[str, PaymentRow] = {}
+    for row in history.payments:
+        known = latest.get(row.key)
+        terms = row.terms or (known.terms if known else None)
+        latest[row.key] = replace(row, lsn=lsn, terms=terms, progress=row.progress or (known.progress if known else None))
+    entries = tuple(replace(row, lsn=lsn) for row in history.entries)
+    links = tuple(replace(row, lsn=lsn) for row in history.links)
+    whole = FeedBatch(history.shard, history.incarnation, epoch, 0, lsn, tuple(latest.values()), entries, links)
+    head = RebuildHead(history.shard, history.incarnation, epoch, lsn, slots)
+    return framed(encode_head(head)) + framed(encode_batch(whole)) + end
+
+
+async def rebuilt(connection: asyncpg.Connection, shard: str, data: bytes) -> None:
+    stream = asyncio.StreamReader()
+    stream.feed_data(data)
+    stream.feed_eof()
+    await rebuild(connection, shard, stream)
+
+
+@REAL
+@given(history=histories(prefix="k"), other=histories(shard="s1", prefix="m"), data=st.data())
+async def test_a_rebuild_is_the_fold_whatever_was_there(
+    aggregator_dsn: str, connection: asyncpg.Connection, history: History, other: History, data: st.DataObject
+) -> None:
+    """What the feed had brought of the shard ends anywhere; another shard's rows stay."""
+    owner = await asyncpg.connect(aggregator_dsn)
+    await empty(owner)
+    await owner.close()
+    until = data.draw(st.integers(10, history.lsn // 100), label="applied") * 100
+    await apply.apply(connection, history.batch(1000, until))
+    await apply.apply(connection, other.whole())
+    keys = {row.key for row in other.payments} | {row.key for row in other.entries}
+    foreign = {apply_slot(key) for key in keys}
+    slots = tuple((first, last) for first, last in _without(foreign))
+    await rebuilt(connection, "s0", body(history, slots=slots))
+    assert await held(connection) == expected([history, other])
+
+
+def apply_slot(key: str) -> int:
+    from tests.aggregator.strategies import slot_of
+
+    return slot_of(key)
+
+
+def _without(slots: set[int]) -> list[tuple[int, int]]:
+    """All slots but these, as ranges."""
+    found, first = [], 0
+    for slot in [*sorted(slots), 65_536]:
+        if slot > first:
+            found.append((first, slot - 1))
+        first = slot + 1
+    return found
+
+
+async def test_entries_that_another_shard_had_brought_count_once_for_who_owns_them_now(connection: asyncpg.Connection) -> None:
+    """After a move the old owner's feed has brought them; its sums are made again without them, and keep the rest."""
+    moved, stays = paid("s0", "k"), paid("s0", "stays")
+    stays.payments = [replace(row, lsn=row.lsn + 1000) for row in stays.payments]
+    stays.entries = [replace(row, lsn=row.lsn + 1000) for row in stays.entries]
+    stays.lsn += 1000
+    await apply.apply(connection, moved.whole())
+    await apply.apply(connection, stays.batch(moved.lsn, stays.lsn))
+    target = paid("s1", "k")
+    slot = moved.entries[0].slot
+    await rebuilt(connection, "s1", body(target, slots=((slot, slot),)))
+    assert await held(connection) == expected([stays, target])
+    sums = {row["shard"]: row["entries"] for row in await connection.fetch("select shard, entries from oncepay.kind_totals")}
+    assert sums == {"s0": 1, "s1": 1}
+
+
+@pytest.mark.parametrize("cut", ["end", "frame", "head"])
+async def test_a_body_that_is_cut_off_changes_nothing(connection: asyncpg.Connection, cut: str) -> None:
+    history = paid()
+    await apply.apply(connection, history.batch(1000, 1100))
+    before = await held(connection)
+    whole = body(history, end=b"")
+    data = {"end": whole, "frame": whole[:-10], "head": whole[:7]}[cut]
+    with pytest.raises(MalformedBody):
+        await rebuilt(connection, "s0", data)
+    assert await held(connection) == before
+
+
+async def test_a_worker_that_was_replaced_rebuilds_nothing(connection: asyncpg.Connection) -> None:
+    history = paid()
+    await apply.apply(connection, history.batch(1000, 1100, epoch=3))
+    before = await held(connection)
+    with pytest.raises(EpochEnded):
+        await rebuilt(connection, "s0", body(history, epoch=2))
+    assert await held(connection) == before
+
+
+async def test_readers_see_the_old_until_all_is_new(aggregator_dsn: str, connection: asyncpg.Connection) -> None:
+    history = paid()
+    await apply.apply(connection, history.batch(1000, 1100))
+    reader = await asyncpg.connect(aggregator_dsn)
+    before = await held(reader)
+    stream = asyncio.StreamReader()
+    stream.feed_data(body(history, end=b""))
+    running = asyncio.create_task(rebuild(connection, "s0", stream))
+
+    async def waits_for_the_end() -> bool:
+        """The rows are in: the transaction has written, and its session waits for the next frame."""
+        return bool(
+            await reader.fetchval(
+                "select exists (select from pg_stat_activity where datname = current_database()"
+                " and state = 'idle in transaction' and query like 'insert into oncepay.kind_totals%')"
+            )
+        )
+
+    async with asyncio.timeout(10):
+        while not await waits_for_the_end():
+            await asyncio.sleep(0.01)
+    assert await held(reader) == before
+    stream.feed_data(REBUILD_END)
+    await running
+    assert await held(reader) == expected([history])
+    await reader.close()
+
+
+async def test_history_keeps_what_was_known_and_forgets_what_never_was(connection: asyncpg.Connection) -> None:
+    """Versions past those of the tables belong to a history that was abandoned when the shard was restored."""
+    history = paid()
+    await apply.apply(connection, history.whole())
+    restored = History("s0", "i2", lsn=500)
+    restored.payments.append(replace(history.payments[0], lsn=500))
+    await rebuilt(connection, "s0", body(restored))
+    rows = await connection.fetch("select version, lsn::text from oncepay.payment_history where key = 'k' order by 1")
+    assert [tuple(row) for row in rows] == [(1, "0/44C")]
+    again = paid()
+    await rebuilt(connection, "s0", body(again, epoch=3))
+    rows = await connection.fetch("select version, lsn::text from oncepay.payment_history where key = 'k' order by 1")
+    assert [tuple(row) for row in rows] == [(1, "0/44C"), (2, None)]

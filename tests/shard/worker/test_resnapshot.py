@@ -1,0 +1,235 @@
+"""A feed that lost its log, and the rebuild that puts it right, on a real Postgres and the real aggregator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import aiohttp
+import asyncpg
+import pytest
+from msgspec.structs import replace
+
+from aggregator.fold import fold
+from oncepay.errors import OutcomeUnknown, ShardUnavailable
+from oncepay.feed import EntryRow
+from oncepay.ledger import payment_entry
+from oncepay.payment import Status
+from shard.store.rows import Put
+from shard.worker.errors import FeedHalted
+from shard.worker.feed import Place
+from shard.worker.resnapshot import Resnapshot
+from shard.worker.stream import SLOT
+from tests.postgres_fixture import PostgresServer, postgres_server
+from tests.shard.worker.harness import (
+    SHARD,
+    RunningAggregator,
+    RunningFeed,
+    ShardDatabase,
+    eventually,
+    new_payment,
+    running_aggregator,
+    running_feed,
+    settings_for,
+    shard_database,
+)
+
+__all__ = ["postgres_server"]
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+async def shard(postgres_server: PostgresServer) -> AsyncIterator[ShardDatabase]:
+    async with shard_database(postgres_server) as made:
+        yield made
+
+
+@pytest.fixture
+async def aggregator(postgres_server: PostgresServer, shard: ShardDatabase) -> AsyncIterator[RunningAggregator]:
+    async with running_aggregator(postgres_server, settings_for(shard)) as made:
+        yield made
+
+
+async def pay(shard: ShardDatabase, *keys: str) -> None:
+    """Payments that come and succeed, each with its entry."""
+    for key in keys:
+        made = new_payment(key, status=Status.ATTEMPTED, intent=f"pi_{key}")
+        await shard.put(Put(made, 0, "accepted"))
+        paid = replace(made, status=Status.SUCCEEDED, version=2, amount_captured=1000)
+        await shard.put(Put(paid, 1, "seen", (payment_entry("usd", f"ch_{key}", made.terms.shares),)))
+
+
+@asynccontextmanager
+async def paying(shard: ShardDatabase, count: int) -> AsyncIterator[None]:
+    """Payments `during0` and so on come and succeed meanwhile, over a session of their own."""
+    writer = ShardDatabase(shard.server, shard.dsn, await asyncpg.connect(shard.dsn))
+    going_on = asyncio.create_task(pay(writer, *(f"during{n}" for n in range(count))))
+    try:
+        yield
+        await going_on
+    finally:
+        going_on.cancel()
+        await asyncio.gather(going_on, return_exceptions=True)
+        await writer.close()
+
+
+async def is_the_fold(shard: ShardDatabase, aggregator: RunningAggregator) -> bool:
+    """Whether the aggregator's rows and sums are exactly those of the shard's tables."""
+    assert aggregator.connection is not None
+    rows = await shard.connection.fetch("select key, version, status from oncepay.payments order by 1")
+    derived = await aggregator.connection.fetch("select key, version, status from oncepay.payments order by 1")
+    if [tuple(row) for row in rows] != [tuple(row) for row in derived]:
+        return False
+    wanted = fold(
+        EntryRow(*(0, 0, 0, *row, 0))  # the day doesn't matter for accounts and kinds
+        for row in await shard.connection.fetch(
+            "select key, entry_id, kind, currency, source, accounts, amounts, sellers from oncepay.entries"
+        )
+    )
+    accounts = await aggregator.connection.fetch("select account, currency, debit, credit from oncepay.account_totals")
+    kinds = await aggregator.connection.fetch("select kind, currency, entries, amount from oncepay.kind_totals")
+    sums = {tuple(row) for row in accounts} | {tuple(row) for row in kinds}
+    return sums == {(*name, total.debit, total.credit) for name, total in wanted.accounts.items()} | {
+        (*name, total.entries, total.amount) for name, total in wanted.kinds.items()
+    }
+
+
+@asynccontextmanager
+async def rebuilder(shard: ShardDatabase, feed: RunningFeed, aggregator: RunningAggregator) -> AsyncIterator[Resnapshot]:
+    async def connect(host: str, port: int) -> asyncpg.Connection:
+        return await asyncpg.connect(shard.dsn)
+
+    epoch = int(await shard.connection.fetchval("select epoch from oncepay.worker_epoch"))
+    async with aiohttp.ClientSession() as http:
+        yield Resnapshot(
+            SHARD, "worker-s0-1", epoch, aggregator.settings, shard.leaders, connect, http, feed.feed, feed.forwarder
+        )
+
+
+async def halted(feed: RunningFeed) -> None:
+    def is_halted() -> bool:
+        return any(isinstance(part.problem, FeedHalted) for part in (feed.feed, feed.forwarder))
+
+    await eventually(is_halted, "the feed halted")
+    problem = feed.forwarder.problem if isinstance(feed.forwarder.problem, FeedHalted) else feed.feed.problem
+    assert "oncepay shards resnapshot" in str(problem)
+
+
+async def free(change: Callable[[], object]) -> None:
+    """Do something with the slot as soon as its reader has gone."""
+
+    async def done() -> bool:
+        try:
+            await change()  # type: ignore[misc]
+        except asyncpg.ObjectInUseError:
+            return False
+        return True
+
+    await eventually(done, "the slot was free")
+
+
+async def test_a_slot_that_was_dropped_and_made_again(shard: ShardDatabase, aggregator: RunningAggregator) -> None:
+    """The feed stops and names the command; the rebuild brings what never came, while payments go on."""
+    async with running_feed(shard, aggregator.settings):
+        await pay(shard, "a", "b")
+        await aggregator.holds("a", "b")
+    await free(lambda: shard.connection.execute(f"select pg_drop_replication_slot('{SLOT}')"))
+    await pay(shard, "lost1", "lost2")
+    await shard.connection.execute(f"select pg_create_logical_replication_slot('{SLOT}', 'pgoutput')")
+    async with running_feed(shard, aggregator.settings) as feed:
+        await pay(shard, "after")
+        await halted(feed)
+        assert await aggregator.keys() == {"a", "b"}
+        async with paying(shard, 40), rebuilder(shard, feed, aggregator) as resnapshot:
+            position = await resnapshot.rebuild()
+        await aggregator.holds("lost1", "lost2", "after", "during39")
+        await eventually(lambda: is_the_fold(shard, aggregator), "the aggregator is the fold")
+        assert (await aggregator.watermark() or 0) >= position
+        await eventually(lambda: feed.forwarder.problem is None, "the feed moves")
+        await pay(shard, "later")
+        await eventually(lambda: is_the_fold(shard, aggregator), "the feed goes on exactly")
+        assert resnapshot.progress.rows >= 10
+
+
+async def test_a_slot_that_lost_its_log_is_made_anew(shard: ShardDatabase, aggregator: RunningAggregator) -> None:
+    async with running_feed(shard, aggregator.settings):
+        await pay(shard, "a")
+        await aggregator.holds("a")
+    await pay(shard, "lost")
+    session = shard.connection
+    await session.execute("alter system set max_slot_wal_keep_size = '16MB'")
+    await session.execute("select pg_reload_conf()")
+    try:
+
+        async def is_lost() -> bool:
+            await session.execute("select pg_logical_emit_message(false, 'x', 'x'), pg_switch_wal()")
+            await session.execute("checkpoint")
+            state = await session.fetchval("select wal_status from pg_replication_slots where slot_name = $1", SLOT)
+            return str(state) == "lost"
+
+        await eventually(is_lost, "the slot lost its log")
+    finally:
+        await session.execute("alter system reset max_slot_wal_keep_size")
+        await session.execute("select pg_reload_conf()")
+    async with running_feed(shard, aggregator.settings) as feed:
+        await halted(feed)
+        async with rebuilder(shard, feed, aggregator) as resnapshot:
+            await resnapshot.rebuild()
+        await pay(shard, "later")
+        await aggregator.holds("a", "lost", "later")
+        await eventually(lambda: is_the_fold(shard, aggregator), "the aggregator is the fold")
+
+
+async def test_a_rebuild_of_a_feed_that_moves_takes_nothing_back(shard: ShardDatabase, aggregator: RunningAggregator) -> None:
+    async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
+        await pay(shard, "a")
+        async with paying(shard, 60):
+            for _ in range(3):
+                before = await aggregator.watermark() or 0
+                assert await resnapshot.rebuild() >= before
+        await eventually(lambda: is_the_fold(shard, aggregator), "the aggregator is the fold")
+        await eventually(lambda: feed.forwarder.problem is None, "the feed moves")
+
+
+async def test_a_leader_that_changed_meanwhile_changes_nothing(
+    shard: ShardDatabase, aggregator: RunningAggregator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of a leader that was deposed may be gone; without a barrier on the same one nothing is committed."""
+    async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
+        await pay(shard, "a")
+        await aggregator.holds("a")
+        assert aggregator.connection is not None
+        await eventually(lambda: is_the_fold(shard, aggregator), "all was forwarded")
+        honest = feed.feed.fence
+
+        async def elsewhere() -> Place:
+            return (await honest())._replace(timeline=7)
+
+        monkeypatch.setattr(feed.feed, "fence", elsewhere)
+        await aggregator.connection.execute("update oncepay.payments set status = 'old'")
+        with pytest.raises(ShardUnavailable, match="leader changed"):
+            await resnapshot.rebuild()
+        assert await aggregator.connection.fetchval("select status from oncepay.payments") == "old"
+        monkeypatch.undo()
+        await resnapshot.rebuild()
+        await eventually(lambda: is_the_fold(shard, aggregator), "the next one works")
+
+
+async def test_what_no_quorum_holds_is_not_rebuilt(
+    shard: ShardDatabase, aggregator: RunningAggregator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that no standby has is in the tables; a rebuild that read it waits for a barrier behind it, and gives up."""
+    monkeypatch.setattr("shard.worker.resnapshot.FENCE_S", 0.5)
+    async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
+        await pay(shard, "certain")
+        await aggregator.holds("certain")
+        shard.barrier_error = OutcomeUnknown("no standby")
+        await pay(shard, "uncertain")
+        with pytest.raises(TimeoutError):
+            await resnapshot.rebuild()
+        assert await aggregator.keys() == {"certain"}
+        shard.barrier_error = None
+        await resnapshot.rebuild()
+        assert await aggregator.keys() == {"certain", "uncertain"}
