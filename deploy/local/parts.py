@@ -11,7 +11,7 @@ from typing import Literal
 
 from deploy import patroni, programs
 from deploy.local.layout import Layout
-from deploy.local.ports import ETCD_MEMBERS, NODES_PER_SHARD, Port, Ports
+from deploy.local.ports import ETCD_MEMBERS, NODES_PER_SHARD, WORKERS_PER_SHARD, Port, Ports
 from deploy.local.secrets import Passwords
 from deploy.os_user import OsUser
 from oncepay.settings import Settings
@@ -241,9 +241,11 @@ class Plan:
             )
 
     def _workers(self) -> Iterator[Program]:
+        """Two a shard: one is active, the other stands by."""
         for number, shard in enumerate(self.shards):
-            own = self.ports.worker(number, 0)
-            yield self._service(f"worker-{shard}-1", "worker", "shard.worker", own, ["--shard", shard, "--own-port", str(own)])
+            for replica in range(WORKERS_PER_SHARD):
+                own, name = self.ports.worker(number, replica), f"worker-{shard}-{replica + 1}"
+                yield self._service(name, "worker", "shard.worker", own, ["--shard", shard, "--own-port", str(own)])
 
     def _aggregator(self) -> Iterator[Program]:
         own = self.ports.aggregator

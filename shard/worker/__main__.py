@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import argparse
 import hmac
+import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 
-import aiohttp
 from aiohttp import web
 
-from oncepay.budget import Budget
 from oncepay.errors import Unauthorized, Unavailable
 from oncepay.service import Service, json_response, run
-from oncepay.stripe_client import StripeGateway
-from shard.store.store import Shards
-from shard.worker.lease import Seat
-from shard.worker.stream import ROLE
-from shard.worker.worker import Worker
+from shard.worker.duty import Duty
+
+EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 (compared with, not listened on)
 
 
 @asynccontextmanager
 async def start(service: Service) -> AsyncIterator[None]:
-    """Register health and the cache's listing, and start working."""
-    settings, shard = service.settings, service.args.shard
-    async with AsyncExitStack() as stack:
-        http = await stack.enter_async_context(aiohttp.ClientSession())
-        budget = Budget(service.etcd, settings.stripe, name=service.name, role="worker")
-        budget.start()
-        stack.push_async_callback(budget.stop)
-        stripe = await stack.enter_async_context(StripeGateway(settings.stripe, budget))
-        shards = Shards(service.etcd, settings, role=ROLE, password=settings.postgres.worker_password, actor=service.name)
-        stack.push_async_callback(shards.stop)
-        seat = Seat(service.etcd, shard, service.name)
-        stack.push_async_callback(seat.leave)
-        worker = Worker(shard, service.name, settings, shards, stripe, seat, http)
-        service.check("feed", worker.check_feed)
-        service.check("cache", worker.check_cache)
-        service.route("GET", "/v1/cache", lambda request: _cache(request, worker, settings.internal_token))
-        for method in ("GET", "POST"):
-            service.route(method, "/v1/resnapshot", lambda request: _resnapshot(request, worker, settings.internal_token))
-        service.spawn(worker.run(), "worker")
-        yield
+    """Register health and a worker's calls, and stand by."""
+    settings = service.settings
+    duty = Duty(service.args.shard, service.name, settings, service.etcd, _url(service))
+    service.check("feed", duty.check_feed)
+    service.check("cache", duty.check_cache)
+    token = settings.internal_token
+    service.route("GET", "/v1/cache", lambda request: _cache(request, duty, token))
+    for method in ("GET", "POST"):
+        service.route(method, "/v1/resnapshot", lambda request: _resnapshot(request, duty, token))
+    service.spawn(duty.run(), "worker")
+    yield
+    await duty.leave()
+
+
+def _url(service: Service) -> str:
+    """Where other workers reach this process."""
+    if service.args.url:
+        return str(service.args.url).rstrip("/")
+    host = service.args.host or service.settings.host
+    return f"http://{socket.gethostname() if host in EVERYWHERE else host}:{service.args.own_port or service.args.port}"
 
 
 def _authorize(request: web.Request, token: str) -> None:
@@ -51,21 +48,23 @@ def _authorize(request: web.Request, token: str) -> None:
         raise Unauthorized("a worker's calls take the secret between services")
 
 
-async def _resnapshot(request: web.Request, worker: Worker, token: str) -> web.Response:
+async def _resnapshot(request: web.Request, duty: Duty, token: str) -> web.Response:
     """POST /v1/resnapshot: begin a rebuild; GET: how far it is. Both answer `{"name", "feed", "progress": {…}}`."""
     _authorize(request, token)
-    if not (worker.active and worker.resnapshot):
-        raise Unavailable("this worker stands by")
+    worker = duty.active()
+    if worker.resnapshot is None:
+        raise Unavailable("this worker is taking over")
     progress = worker.resnapshot.ask() if request.method == "POST" else worker.resnapshot.progress
     status = 202 if request.method == "POST" else 200
     return json_response({"name": worker.name, "feed": worker.problem, "progress": progress}, status=status)
 
 
-async def _cache(request: web.Request, worker: Worker, token: str) -> web.Response:
+async def _cache(request: web.Request, duty: Duty, token: str) -> web.Response:
     """GET /v1/cache: `{"shard", "name", "certain_lsn", "pending": [[key, version, status], …]}`, of the active worker."""
     _authorize(request, token)
-    if not (worker.active and worker.filled and worker.feed):
-        raise Unavailable("this worker stands by, or its cache is being filled")
+    worker = duty.active()
+    if not (worker.filled and worker.feed):
+        raise Unavailable("the worker's cache is being filled")
     pending = [(item.key, item.version, item.status.value) for item in worker.cache]
     body = {"shard": worker.shard, "name": worker.name, "certain_lsn": worker.feed.certain_lsn, "pending": pending}
     return json_response(body)
@@ -74,6 +73,7 @@ async def _cache(request: web.Request, worker: Worker, token: str) -> web.Respon
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.prog = "python -m shard.worker"
     parser.epilog = "example: python -m shard.worker --config oncepay.toml --name worker-s0-1 --shard s0 --own-port 8110"
+    parser.add_argument("--url", help="where other workers reach this one (default: its host and own port)")
     parser.add_argument("--shard", required=True, help="the shard that this worker serves")
 
 

@@ -25,20 +25,21 @@ _log = get_logger("lease")
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """Who sits: the process's name, and a mark of this run."""
+    """Who sits: the process's name, a mark of this run, and where it is reached (empty: it takes no calls)."""
 
     name: str
     run: str
+    url: str = ""
 
 
 class Seat:
-    """The seat of `shard`'s active worker, for the process `name`."""
+    """The seat under `key` (`workers/<shard>` for a shard's active worker), for the process `name`."""
 
-    def __init__(self, etcd: Etcd, shard: str, name: str, ttl_s: int = TTL_S) -> None:
-        self.key = f"workers/{shard}"
+    def __init__(self, etcd: Etcd, key: str, name: str, ttl_s: int = TTL_S, *, url: str = "") -> None:
+        self.key = key
         self._etcd = etcd
         self._ttl_s = ttl_s
-        self._value = msgspec.json.encode(Holder(name, uuid.uuid4().hex))
+        self._value = msgspec.json.encode(Holder(name, uuid.uuid4().hex, url))
         self._lease: Lease | None = None
 
     async def take(self) -> None:

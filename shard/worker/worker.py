@@ -1,4 +1,4 @@
-"""One worker process of a shard: stands by for the seat, then runs the feed, the cache and the poller under its epoch."""
+"""A shard's active worker: takes an epoch, then runs the feed, the cache and the poller under it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import aiohttp
 
 from oncepay.driver import Driver
-from oncepay.errors import OncepayError, ShardUnavailable, Unavailable
+from oncepay.errors import ShardUnavailable, Unavailable
 from oncepay.logs import get_logger
 from oncepay.settings import Settings
 from oncepay.stripe_client import StripeGateway
@@ -55,19 +55,13 @@ class Worker:
         self._http = http
 
     async def run(self) -> None:
-        """Stand by, be active, stand by again, until canceled."""
-        while True:
-            await self._seat.take()
-            try:
-                epoch = await self._epoch()
-                await self._be_active(epoch)
-            except* (StandDown, EpochOver) as group:
-                for error in _flat(group):
-                    _log.warning("standing down", reason=str(error))
-            finally:
-                self._set_active(False)
-                await self._seat.leave()
-            await asyncio.sleep(RETRY_S)
+        """Be active until canceled. Raises StandDown, in a group, when the seat or the epoch is lost."""
+        try:
+            await self._be_active(await self._epoch())
+        except* EpochOver as group:
+            raise StandDown(str(group.exceptions[0])) from group
+        finally:
+            self._set_active(False)
 
     async def _epoch(self) -> int:
         """Take the shard over: ends the epoch before, once its transactions are through."""
@@ -84,7 +78,7 @@ class Worker:
                 return epoch
 
     async def _be_active(self, epoch: int) -> None:
-        """Run all parts; returns never, raises when one ends. StandDown and EpochOver are the usual ways."""
+        """Run all parts; returns never, raises a group when one ends. StandDown and EpochOver are the usual ways."""
         batcher = self._shards.batcher(self.shard)
         self.cache = PendingCache(self._settings.poll)
         self.cache.begin_fill()
@@ -155,7 +149,7 @@ class Worker:
     async def check_feed(self) -> None:
         """Raises what an operator has to know: the feed is halted, or can't read the shard."""
         if self.feed is None or self.forwarder is None:
-            return  # standing by is being ready
+            return
         for problem in (self.feed.problem, self.forwarder.problem):
             if isinstance(problem, FeedHalted | MalformedMessage):
                 raise problem
@@ -166,10 +160,3 @@ class Worker:
         """Raises Unavailable while the active worker has not filled its cache."""
         if self.active and not self.filled:
             raise Unavailable("the pending cache is being filled")
-
-
-def _flat(group: BaseExceptionGroup[OncepayError]) -> list[OncepayError]:
-    found: list[OncepayError] = []
-    for error in group.exceptions:
-        found += _flat(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found

@@ -53,7 +53,7 @@ def test_a_plan_names_its_processes_and_keeps_to_its_ports(tmp_path: Path) -> No
         ["etcd-1", "etcd-2", "etcd-3"]
         + [f"node-s{shard}-{n}" for shard in range(2) for n in range(1, 4)]
         + ["aggregator-db", "stripe", "tipalti", "keygen-1", "keygen-2", "router-1", "router-2"]
-        + ["worker-s0-1", "worker-s1-1", "aggregator", "console"]
+        + ["worker-s0-1", "worker-s0-2", "worker-s1-1", "worker-s1-2", "aggregator", "console"]
     )
     listens = {port.number for program in made for port in program.listens}
     assert min(listens) == 9000

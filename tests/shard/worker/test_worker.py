@@ -262,6 +262,9 @@ async def test_another_worker_takes_over_after_a_kill(
     second = workers[1 - workers.index(first)]
     status, _ = await second.get("/readyz")
     assert status == 200, "standing by is being ready"
+    async with Etcd(shard_cluster.settings.etcd) as etcd:
+        assert await etcd.get(f"budget/{first.name}") is not None
+        assert await etcd.get(f"budget/{second.name}") is None, "a standby takes no share of the rate budget"
     await accept(store, "before")
     began_s = time.monotonic()
     first.stop(signal.SIGKILL)
@@ -325,7 +328,7 @@ async def test_a_thawed_worker_can_write_nothing(shard_cluster: Cluster, store: 
 
 async def test_the_seat_outlives_an_etcd_outage_and_is_given_up_at_the_end(shard_cluster: Cluster) -> None:
     async with Etcd(shard_cluster.settings.etcd) as etcd:
-        one, other = Seat(etcd, "seat-test", "one", ttl_s=2), Seat(etcd, "seat-test", "other", ttl_s=2)
+        one, other = (Seat(etcd, "seats/test", name, ttl_s=2) for name in ("one", "other"))
         await one.take()
         waiting = asyncio.create_task(other.take())
         lost = asyncio.create_task(one.lost())

@@ -1,0 +1,31 @@
+"""What an active worker runs on: its share of the rate budget, the ways to Stripe, to the shards and to the aggregator."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import aiohttp
+
+from oncepay.budget import Budget
+from oncepay.etcd import Etcd
+from oncepay.settings import Settings
+from oncepay.stripe_client import StripeGateway
+from shard.store.store import Shards
+from shard.worker.lease import Seat
+from shard.worker.stream import ROLE
+from shard.worker.worker import Worker
+
+
+@asynccontextmanager
+async def engine(shard: str, name: str, settings: Settings, etcd: Etcd, seat: Seat) -> AsyncIterator[Worker]:
+    """A worker that may begin; all that it used is given back at the end."""
+    async with AsyncExitStack() as stack:
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        budget = Budget(etcd, settings.stripe, name=name, role="worker")
+        budget.start()
+        stack.push_async_callback(budget.stop)
+        stripe = await stack.enter_async_context(StripeGateway(settings.stripe, budget))
+        shards = Shards(etcd, settings, role=ROLE, password=settings.postgres.worker_password, actor=name)
+        stack.push_async_callback(shards.stop)
+        yield Worker(shard, name, settings, shards, stripe, seat, http)
