@@ -51,7 +51,7 @@ class Issued(msgspec.Struct, frozen=True):
 async def start(service: Service) -> AsyncIterator[None]:
     """Routes, checks and the pool's upkeep."""
     pool = Pool(Blocks(service.etcd, service.name, service.args.block_keys), ahead_s=service.args.ahead_s)
-    count_issued = ISSUED.inc
+    counted = 0
 
     async def issue(request: web.Request) -> web.Response:
         asked = await decode(request, IssueRequest)
@@ -62,12 +62,17 @@ async def start(service: Service) -> AsyncIterator[None]:
             slots = SlotRange(*asked.slots)
             check(slots, count)
             keys = await pool.take_in(slots, count)
-        count_issued(count)
         return json_response(Issued(keys), 201, _NO_STORE)
 
     async def state(request: web.Request) -> web.Response:
         return json_response(pool.state())
 
+    def count_issued() -> None:
+        nonlocal counted
+        ISSUED.inc(pool.issued - counted)
+        counted = pool.issued
+
+    service.before_metrics(count_issued)
     READY.set_function(lambda: pool.ready)
     AVAILABLE.set_function(lambda: pool.available)
     AVAILABLE_S.set_function(lambda: pool.available_s)
