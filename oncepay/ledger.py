@@ -13,6 +13,9 @@ from oncepay.cart import PLATFORM_SELLER, Share
 STRIPE_CLEARING = "stripe:clearing"
 STRIPE_FEES = "stripe:fees"
 REFUNDS_HELD = "refunds:held"
+TIPALTI_CLEARING = "tipalti:clearing"
+TIPALTI_FEES = "tipalti:fees"
+BANK = "bank"
 PLATFORM_FEES = "platform:fees"
 
 
@@ -164,3 +167,38 @@ def dispute_entries(
     if fee_minor:
         entries.append(stripe_fee_entry(settled, transaction, fee_minor))
     return tuple(entries)
+
+
+def payout_entry(seller: str, currency: str, amount_minor: int, ref_code: str) -> Entry:
+    """A payout that was committed: the seller is owed less, Tipalti is owed the money."""
+    postings = (Posting(payable(seller), amount_minor, seller), Posting(TIPALTI_CLEARING, -amount_minor))
+    return Entry("payout", "payout", currency, ref_code, postings)
+
+
+def payout_returned_entry(seller: str, currency: str, amount_minor: int, ref_code: str) -> Entry:
+    """A payout that didn't reach the seller, for whatever reason: booked back."""
+    postings = (Posting(TIPALTI_CLEARING, amount_minor), Posting(payable(seller), -amount_minor, seller))
+    return Entry("payout_returned", "payout_returned", currency, ref_code, postings)
+
+
+def payout_fee_entry(currency: str, payment: str, total_minor: int, grown_minor: int) -> Entry:
+    """Tipalti's fee for a payment, which is `total_minor` now, `grown_minor` more than was booked."""
+    postings = (Posting(TIPALTI_FEES, grown_minor), Posting(TIPALTI_CLEARING, -grown_minor))
+    return Entry(f"payout_fee:{total_minor}", "payout_fee", currency, payment, postings)
+
+
+def payout_by_hand_entry(currency: str, amount_minor: int, reference: str) -> Entry:
+    """A payout that was paid from the bank, and not by Tipalti."""
+    return Entry(
+        "payout_by_hand",
+        "payout_by_hand",
+        currency,
+        reference,
+        (Posting(TIPALTI_CLEARING, amount_minor), Posting(BANK, -amount_minor)),
+    )
+
+
+def funding_entry(currency: str, funding: str, amount_minor: int) -> Entry:
+    """Money that went from the bank to the balance at Tipalti; negative when it came back."""
+    postings = (Posting(TIPALTI_CLEARING, amount_minor), Posting(BANK, -amount_minor))
+    return Entry("funding", "funding", currency, funding, postings)

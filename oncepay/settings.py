@@ -57,9 +57,37 @@ class StripeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TipaltiSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tipalti's address."""
+    """Tipalti's address and credentials. Without a `base_url` payouts are exported and booked by hand.
+
+    `notification_secret_files` hold the secrets that notifications are signed with; without one each notification is sent back
+    to be verified. `token_url` and `verify_url` are of `base_url` where they are empty.
+    """
 
     base_url: str = ""
+    token_url: str = ""
+    verify_url: str = ""
+    client_id: str = ""
+    client_secret: str = ""
+    refresh_token: str = ""
+    notification_secret_files: tuple[str, ...] = ()
+    timeout_s: float = 30.0
+
+
+class PayoutSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When sellers are paid, and what is held.
+
+    `schedule` is `daily HH:MM` or `monday HH:MM` (any day of the week; UTC); empty: runs are started by hand. `hold_s` keeps
+    the money of new charges back. `minimum_minor` is the smallest payout by currency (1 where none is named),
+    `approval_above_minor` the amount above which a second operator has to agree (never where none is named). A pending payout
+    is looked at after `poll_first_s`, then with growing gaps to `poll_max_s`.
+    """
+
+    schedule: str = ""
+    hold_s: int = 0
+    minimum_minor: dict[str, int] = msgspec.field(default_factory=dict)
+    approval_above_minor: dict[str, int] = msgspec.field(default_factory=dict)
+    poll_first_s: float = 2.0
+    poll_max_s: float = 600.0
 
 
 class FeeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,6 +121,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     postgres: PostgresSettings = PostgresSettings()
     stripe: StripeSettings = StripeSettings()
     tipalti: TipaltiSettings = TipaltiSettings()
+    payouts: PayoutSettings = PayoutSettings()
     fee: FeeSettings = FeeSettings()
     poll: PollSettings = PollSettings()
     aggregator_url: str = "http://127.0.0.1:8082"

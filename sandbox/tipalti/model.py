@@ -6,7 +6,11 @@ import msgspec
 
 
 class Payee(msgspec.Struct, array_like=True):
-    """Someone who can be paid. `ref_code` is the payer's own id for them, at most 64 characters."""
+    """Someone who can be paid. `ref_code` is the payer's own id for them, at most 64 characters.
+
+    `status` is one of `payees.STATUSES`. `payable` is whether the payee has said how it wants to be paid, `tax_form` whether
+    it has handed one in; `show` tells whether it can be paid.
+    """
 
     id: str
     created: int
@@ -14,8 +18,9 @@ class Payee(msgspec.Struct, array_like=True):
     name: str | None = None
     email: str | None = None
     entity_type: str = "INDIVIDUAL"
-    status: str = "ACTIVE"
+    status: str = "PENDING_ONBOARDING"
     payable: bool = False
+    tax_form: bool = True
 
 
 class Batch(msgspec.Struct, array_like=True):
@@ -40,6 +45,20 @@ class Payment(msgspec.Struct, array_like=True):
     changed: int = 0
     reason: str | None = None
     fee: int = 0
+    funded: bool = False
+    """Whether the payer's balance was charged with it."""
+    step: int = 0
+    """The number of its next step."""
+
+
+class Funding(msgspec.Struct, array_like=True):
+    """Money that came to the payer's balance from its bank; minor units, negative when it was taken back."""
+
+    id: str
+    created: int
+    amount: int
+    currency: str
+    automatic: bool = False
 
 
 class Notice(msgspec.Struct, array_like=True):

@@ -1,4 +1,4 @@
-"""Payees: made, onboarded, looked up. Only an onboarded one is payable."""
+"""Payees: made, onboarded, looked up. Only an active one with a payment method and a tax form is payable."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ ONBOARD_S = 1.0
 """How long a payee's onboarding takes, by the clock."""
 UNPAYABLE = "unpayable"
 """A payee with this in its refCode never completes its onboarding."""
+NO_TAX_FORM = "notaxform"
+"""A payee with this in its refCode completes it without a tax form."""
+STATUSES = ("PENDING_ONBOARDING", "ACTIVE", "SUSPENDED", "BLOCKED", "CLOSED")
 
 
 class NewPayee(msgspec.Struct):
@@ -25,10 +28,12 @@ class NewPayee(msgspec.Struct):
 
 
 class Payable(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /_control/payee`: `payee` is an id or refCode."""
+    """The body of `POST /_control/payee`: `payee` is an id or refCode; what isn't given stays."""
 
     payee: str
-    payable: bool
+    payable: bool | None = None
+    status: str | None = None
+    taxForm: bool | None = None
 
 
 def register(world: World) -> None:
@@ -38,6 +43,7 @@ def register(world: World) -> None:
 
 def show(row: model.Payee) -> dict[str, object]:
     """A payee in the API's shape."""
+    reasons = not_payable(row)
     return {
         "id": row.id,
         "refCode": row.ref_code,
@@ -45,11 +51,21 @@ def show(row: model.Payee) -> dict[str, object]:
         "contactInformation": {"email": row.email},
         "entityType": row.entity_type,
         "status": row.status,
-        "isPayable": row.payable,
-        "notPayableReasons": [] if row.payable else ["PAYMENT_METHOD_NOT_SET"],
+        "isPayable": not reasons,
+        "notPayableReasons": reasons,
         "paymentMethod": "ACH" if row.payable else None,
         "createdDate": row.created,
     }
+
+
+def not_payable(row: model.Payee) -> list[str]:
+    """Why the payee can't be paid now; empty when it can."""
+    reasons = [] if row.payable else ["PAYMENT_METHOD_NOT_SET"]
+    if not row.tax_form:
+        reasons.append("TAX_FORM_MISSING")
+    if row.status != "ACTIVE":
+        reasons.append("ONBOARDING_NOT_COMPLETED" if row.status == "PENDING_ONBOARDING" else f"PAYEE_{row.status}")
+    return reasons
 
 
 def find(world: World, name: str) -> model.Payee | None:
@@ -75,6 +91,7 @@ def create(world: World, body: bytes) -> dict[str, object]:
         name=asked.name,
         email=asked.email,
         entity_type=asked.entityType,
+        tax_form=NO_TAX_FORM not in asked.refCode,
     )
     world.payees.save(row)
     if UNPAYABLE not in row.ref_code:
@@ -99,8 +116,14 @@ def _onboard(world: World, payee_id: str) -> None:
 def set_payable(world: World, row: model.Payee, *, payable: bool) -> None:
     """The payee completed its onboarding, or lost what made it payable."""
     row.payable = payable
+    if payable and row.status == "PENDING_ONBOARDING":
+        row.status = "ACTIVE"
+    _changed(world, row)
+
+
+def _changed(world: World, row: model.Payee) -> None:
     world.payees.save(row)
-    world.notify("payee_details_changed", payeeId=row.id, refCode=row.ref_code, isPayable=payable)
+    world.notify("payee_details_changed", payeeId=row.id, refCode=row.ref_code, isPayable=not not_payable(row))
 
 
 def control(world: World, body: bytes) -> dict[str, object]:
@@ -109,5 +132,14 @@ def control(world: World, body: bytes) -> dict[str, object]:
     row = find(world, asked.payee)
     if row is None:
         raise ValueError(f"no payee {asked.payee}")
-    set_payable(world, row, payable=asked.payable)
+    if asked.status is not None:
+        if asked.status not in STATUSES:
+            raise ValueError(f"status is one of {', '.join(STATUSES)}")
+        row.status = asked.status
+    if asked.taxForm is not None:
+        row.tax_form = asked.taxForm
+    if asked.payable is not None:
+        set_payable(world, row, payable=asked.payable)
+    else:
+        _changed(world, row)
     return show(row)

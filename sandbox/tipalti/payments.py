@@ -1,6 +1,7 @@
 """Payment batches and payments. The refCode is the guard: one refCode is at most one payment, ever.
 
-What happens to a payment follows from the payee's refCode, so that a test can choose it (see `FATES`).
+What happens to a payment follows from the payee's refCode, so that a test can choose it (see `FATES`). Before it is
+scheduled the payer's balance is charged with it; what comes back after all is credited there.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ import msgspec
 
 from sandbox.tipalti import model, payees
 from sandbox.tipalti.errors import invalid, not_found
+from sandbox.tipalti.funds import Account
 from sandbox.tipalti.world import World
 
 BATCH_MAX = 250
 REF_CODE_LENGTH_MAX = 64
 FINAL = ("Canceled", "Cleared", "Deferred", "Deferred (Internal)", "Rejected")
+GIVEN_BACK = frozenset(["Canceled", "Deferred", "Deferred (Internal)", "Rejected"])
 FEE_MINOR = 100
-"""What Tipalti takes for a payment that was paid."""
+"""What Tipalti takes for a payment that was paid, and once more when the bank returns it."""
 STEP_S = 2.0
+FUNDS_RETRY_S = 60.0
+"""How soon a payment that lacks funds is tried again, if none came in before."""
+WAITING_MAX = 10_000
+"""Payments that go on at once when money comes in; the others when their time comes."""
 CLEAR_S = 3_600.0
 
 FATES: dict[str, tuple[tuple[float, str], ...]] = {
@@ -40,7 +47,9 @@ NOTICES = {
     "Rejected": "error",
     "Canceled": "payment_cancelled",
 }
-ZERO_DECIMAL = frozenset(["BIF", "CLP", "JPY", "KRW", "PYG", "RWF", "UGX", "VND", "VUV", "XAF", "XOF", "XPF"])
+ZERO_DECIMAL = frozenset(
+    ["BIF", "CLP", "DJF", "GNF", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "VND", "VUV", "XAF", "XOF", "XPF"]
+)
 THREE_DECIMAL = frozenset(["BHD", "JOD", "KWD", "OMR", "TND"])
 FILTER_FIELDS = {"refCode": "ref_code", "status": "status", "payeeId": "payee", "batchId": "batch", "paymentBatchId": "batch"}
 
@@ -67,9 +76,9 @@ class NewBatch(msgspec.Struct):
     paymentInstructions: list[Instruction]
 
 
-def register(world: World) -> None:
+def register(world: World, account: Account) -> None:
     """Connect the timers of this module."""
-    world.timers.on("payment", lambda payment: _step(world, payment))
+    world.timers.on("payment", lambda payment: _step(world, account, payment))
 
 
 def exponent(currency: str) -> int:
@@ -113,13 +122,13 @@ def show_batch(row: model.Batch) -> dict[str, object]:
     return {"id": row.id, "createdDate": row.created, "paymentInstructions": row.lines}
 
 
-def create_batch(world: World, body: bytes) -> dict[str, object]:
+def create_batch(world: World, account: Account, body: bytes) -> dict[str, object]:
     """POST /payment-batches: up to 250 lines, each of which comes to OK, Warning (deferred) or Error by itself."""
     asked = msgspec.json.decode(body, type=NewBatch)
     if not 1 <= len(asked.paymentInstructions) <= BATCH_MAX:
         raise invalid(f"A batch has from 1 to {BATCH_MAX} payment instructions.")
     batch = model.Batch(world.batches.new_id(), world.now_s(), [])
-    batch.lines = [_line(world, batch, line) for line in asked.paymentInstructions]
+    batch.lines = [_line(world, account, batch, line) for line in asked.paymentInstructions]
     world.batches.save(batch)
     return show_batch(batch)
 
@@ -128,7 +137,7 @@ def _refused(line: Instruction, code: str, message: str) -> dict[str, str | None
     return {"refCode": line.refCode, "paymentId": None, "result": "Error", "errorCode": code, "errorMessage": message}
 
 
-def _line(world: World, batch: model.Batch, line: Instruction) -> dict[str, str | None]:
+def _line(world: World, account: Account, batch: model.Batch, line: Instruction) -> dict[str, str | None]:
     submitted = line.amountSubmitted
     money = submitted if isinstance(submitted, Amount) else Amount(submitted, line.currency)
     currency = money.currency.upper()
@@ -145,10 +154,10 @@ def _line(world: World, batch: model.Batch, line: Instruction) -> dict[str, str 
     now = world.now_s()
     row = model.Payment(world.payments.new_id(), now, line.refCode, line.payeeId, batch.id, amount, currency, changed=now)
     result, code = "OK", None
-    if payee.payable:
+    if not payees.not_payable(payee):
         world.payments.save(row)
         _notify(world, row)
-        world.timers.add("payment", f"{row.id} 0", _fate(payee)[0][0])
+        world.timers.add("payment", f"{row.id} 0", account.wait_s() + _fate(payee)[0][0])
     else:
         row.status, row.reason = "Deferred", "The payee is not payable."
         world.payments.save(row)
@@ -164,24 +173,52 @@ def _fate(payee: model.Payee) -> tuple[tuple[float, str], ...]:
     return FATE_DEFAULT
 
 
-def _step(world: World, subject: str) -> None:
+def _step(world: World, account: Account, subject: str) -> None:
+    """A payment's next step, unless it was made before."""
     payment_id, _, number = subject.partition(" ")
-    step = int(number)
     row = world.payments.get(payment_id)
-    if row is None or row.status in FINAL:
+    if row is None or row.status in FINAL or row.step != int(number):
         return
     payee = payees.find(world, row.payee)
     assert payee is not None
     steps = _fate(payee)
-    row.status, row.changed = steps[step][1], world.now_s()
-    if row.status == "Paid":
-        row.fee = FEE_MINOR
-    elif row.status == "Rejected":
-        row.reason = "The payment provider rejected the payment."
+    status = steps[row.step][1]
+    if status == "Scheduled" and not row.funded:
+        row.funded = account.charge(row.currency, row.amount)
+        if not row.funded:
+            if row.status != "Pending funds":
+                _become(world, account, row, "Pending funds")
+            world.timers.add("payment", subject, FUNDS_RETRY_S)
+            return
+    row.step += 1
+    _become(world, account, row, status)
+    if row.step < len(steps):
+        world.timers.add("payment", f"{row.id} {row.step}", steps[row.step][0])
+
+
+def _become(world: World, account: Account, row: model.Payment, status: str) -> None:
+    """The payment is in `status` now: what it costs or gives back moves with it."""
+    was, row.status, row.changed = row.status, status, world.now_s()
+    if status == "Paid" or (status == "Rejected" and was == "Paid"):
+        row.fee += FEE_MINOR
+        if not account.charge(row.currency, FEE_MINOR):
+            account.add(row.currency, -FEE_MINOR)  # Tipalti takes its fee all the same
+    if status == "Rejected":
+        returned = was == "Paid"
+        row.reason = "The bank returned the payment." if returned else "The payment provider rejected the payment."
+    if status in GIVEN_BACK and row.funded:
+        row.funded = False
+        account.add(row.currency, row.amount)
     world.payments.save(row)
     _notify(world, row)
-    if step + 1 < len(steps):
-        world.timers.add("payment", f"{row.id} {step + 1}", steps[step + 1][0])
+
+
+def funded(world: World, account: Account) -> None:
+    """Money came in: payments that wait for it go on, the oldest first."""
+    waiting = world.payments.page(WAITING_MAX, ascending=True, filters=[("status", "Pending funds")])
+    for row in waiting:
+        if not row.funded and payees.find(world, row.payee) is not None:
+            _step(world, account, f"{row.id} {row.step}")
 
 
 def _notify(world: World, row: model.Payment) -> None:

@@ -17,7 +17,7 @@ from sandbox.control import PREFIX as CONTROL_PREFIX
 from sandbox.control import Control, reply
 from sandbox.serve import drop
 from sandbox.store import Row, SqlValue, Table
-from sandbox.tipalti import filters, model, payees, payments
+from sandbox.tipalti import filters, funds, model, payees, payments
 from sandbox.tipalti.errors import TipaltiError, invalid
 from sandbox.tipalti.world import RECEIVERS_MAX, World
 
@@ -48,7 +48,8 @@ class TipaltiService:
     def __init__(self, state: Path | None) -> None:
         self.world = World(state)
         payees.register(self.world)
-        payments.register(self.world)
+        self.account = funds.Account(self.world)
+        payments.register(self.world, self.account)
         self._control = Control(
             clock=self.world.clock,
             counts=self.world.counts,
@@ -56,6 +57,10 @@ class TipaltiService:
             more={
                 ("POST", "payee"): lambda body: payees.control(self.world, body),
                 ("POST", "notifications"): self._add_receiver,
+                ("GET", "funding"): lambda _: funds.shown(self.account),
+                ("PUT", "funding"): lambda body: funds.control_settings(self.account, body),
+                ("POST", "funding"): self._fund,
+                ("PUT", "cutoff"): lambda body: funds.control_cutoff(self.account, body),
             },
         )
 
@@ -74,11 +79,21 @@ class TipaltiService:
     def _add_receiver(self, body: bytes) -> object:
         asked = msgspec.json.decode(body, type=NewReceiver)
         world = self.world
-        if len(world.receivers.page(RECEIVERS_MAX)) == RECEIVERS_MAX:
+        known = world.receivers.page(RECEIVERS_MAX)
+        row = next((receiver for receiver in known if receiver.url == asked.url), None)
+        if row is not None:
+            row.secret = asked.secret
+        elif len(known) == RECEIVERS_MAX:
             raise ValueError(f"no more than {RECEIVERS_MAX} receivers")
-        row = model.Receiver(world.receivers.new_id(), world.now_s(), asked.url, asked.secret)
+        else:
+            row = model.Receiver(world.receivers.new_id(), world.now_s(), asked.url, asked.secret)
         world.receivers.save(row)
         return {"id": row.id, "url": row.url}
+
+    def _fund(self, body: bytes) -> object:
+        answer = funds.control_fund(self.account, body)
+        payments.funded(self.world, self.account)
+        return answer
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
@@ -160,11 +175,13 @@ class TipaltiService:
             case ("GET", "payees", identifier):
                 return "GET /payees/{id}", lambda request, body: payees.retrieve(world, identifier)
             case ("POST", "payment-batches"):
-                return "POST /payment-batches", lambda request, body: payments.create_batch(world, body)
+                return "POST /payment-batches", lambda request, body: payments.create_batch(world, self.account, body)
             case ("GET", "payment-batches", identifier):
                 return "GET /payment-batches/{id}", lambda request, body: payments.retrieve_batch(world, identifier)
             case ("GET", "payment-batches", identifier, "instructions"):
                 return "GET /payment-batches/{id}/instructions", lambda request, body: payments.instructions(world, identifier)
+            case ("GET", "fundings"):
+                return "GET /fundings", self._list_fundings
             case ("GET", "payments"):
                 return "GET /payments", self._list_payments
             case ("GET", "payments", identifier):
@@ -200,6 +217,11 @@ class TipaltiService:
 
     def _list_payees(self, request: web.BaseRequest, body: bytes) -> object:
         return self._list(request, self.world.payees, {"refCode": "ref_code"}, payees.show)
+
+    def _list_fundings(self, request: web.BaseRequest, body: bytes) -> object:
+        return self._list(
+            request, self.world.fundings, {"currency": "currency"}, lambda row: funds.show(row, payments.exponent(row.currency))
+        )
 
     def _list_payments(self, request: web.BaseRequest, body: bytes) -> object:
         return self._list(request, self.world.payments, payments.FILTER_FIELDS, payments.show)

@@ -45,6 +45,7 @@ class World:
                 "batch": lambda row: row.batch,
             },
         )
+        self.fundings = Table(self.store, "fundings", "fund_", model.Funding, {"currency": lambda row: row.currency})
         self.notices = Table(self.store, "notices", "ipn_", model.Notice)
         self.receivers = Table(self.store, "receivers", "recv_", model.Receiver)
         self.tokens = KeyedRows(self.store, "tokens", ("token", "expires"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import urllib.error
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -135,6 +136,72 @@ async def test_fates(payer: Payer, name: str, path: list[str]) -> None:
         if status == "Scheduled" and name == "riskreview":
             payer.stand_in.advance(600)
         await payer.until(f"/payments/{line['paymentId']}", "status", status)
+
+
+async def test_what_keeps_a_payee_from_being_paid(payer: Payer) -> None:
+    _, made = await payer.call("POST", "/payees", {"refCode": "slow-1"})
+    assert (made["status"], made["notPayableReasons"]) == (
+        "PENDING_ONBOARDING", ["PAYMENT_METHOD_NOT_SET", "ONBOARDING_NOT_COMPLETED"],
+    )  # fmt: skip
+    payer.stand_in.advance(1.1)
+    await payer.until("/payees/slow-1", "isPayable", True)
+    shown = payer.stand_in.control("POST", "payee", {"payee": "slow-1", "status": "BLOCKED"})
+    assert (shown["isPayable"], shown["notPayableReasons"]) == (False, ["PAYEE_BLOCKED"])
+    shown = payer.stand_in.control("POST", "payee", {"payee": "slow-1", "status": "ACTIVE", "taxForm": False})
+    assert shown["notPayableReasons"] == ["TAX_FORM_MISSING"]
+    assert (await payer.pay("slow-1", "no tax form"))["errorCode"] == "PayeeNotPayable"
+    assert payer.stand_in.control("POST", "payee", {"payee": "slow-1", "taxForm": True})["isPayable"] is True
+
+
+async def test_a_payment_waits_for_funds_and_what_comes_back_is_credited(fresh: Any) -> None:
+    async with aiohttp.ClientSession() as session:
+        payer = Payer(fresh(name="tipalti"), session)
+        await payer.sign_in()
+        payer.stand_in.control("PUT", "funding", {"automatic": False})
+        payee = await payer.payee("a-returned-seller")
+        line = await payer.pay(payee, "waits", 30)
+        path = f"/payments/{line['paymentId']}"
+        payer.stand_in.advance(2.1)
+        await payer.until(path, "status", "Pending funds")
+        payer.stand_in.control("POST", "funding", {"amount": 2_999, "currency": "USD"})
+        payer.stand_in.advance(61)
+        assert (await payer.call("GET", path))[1]["status"] == "Pending funds"
+        payer.stand_in.control("POST", "funding", {"amount": 201, "currency": "USD"})
+        await payer.until(path, "status", "Scheduled")
+        assert payer.stand_in.control("GET", "funding")["balances"] == {"USD": 200}
+        payer.stand_in.kill()
+        payer.stand_in.start()
+        payer.stand_in.advance(2.1)
+        await payer.until(path, "status", "Paid")
+        payer.stand_in.advance(3_601)
+        await payer.sign_in()
+        await payer.until(path, "status", "Rejected")
+        done = (await payer.call("GET", path))[1]
+        assert (done["payerFees"]["amount"], done["reason"]) == (2, "The bank returned the payment.")
+        assert payer.stand_in.control("GET", "funding")["balances"] == {"USD": 3_000}
+        fundings = (await payer.call("GET", "/fundings"))[1]["items"]
+        assert [(item["amount"]["amount"], item["type"]) for item in fundings] == [(29.99, "WIRE"), (2.01, "WIRE")]
+
+
+async def test_past_the_cut_off_a_payment_is_worked_on_the_next_day(fresh: Any) -> None:
+    async with aiohttp.ClientSession() as session:
+        payer = Payer(fresh(name="tipalti"), session)
+        await payer.sign_in()
+        payee = await payer.payee("seller")
+        now = payer.stand_in.control("GET", "clock")["now"]
+        payer.stand_in.advance(86_400 - now % 86_400 + 20 * 3_600 + 60)  # 20:01
+        payer.stand_in.control("PUT", "cutoff", {"at": "20:00"})
+        await payer.sign_in()
+        line = await payer.pay(payee, "late")
+        payer.stand_in.advance(3 * 3_600)
+        await payer.sign_in()
+        assert (await payer.call("GET", f"/payments/{line['paymentId']}"))[1]["status"] == "Submitted"
+        payer.stand_in.advance(3_600)
+        await payer.sign_in()
+        await payer.until(f"/payments/{line['paymentId']}", "status", "Scheduled")
+        for bad in ({"at": "24:00"}, {"at": "8"}):
+            with pytest.raises(urllib.error.HTTPError):
+                payer.stand_in.control("PUT", "cutoff", bad)
 
 
 async def test_what_is_refused(payer: Payer) -> None:
