@@ -21,13 +21,15 @@ from aggregator.rows import (
     latest_payments,
     link_columns,
     payment_columns,
+    payout_columns,
     sorted_entries,
 )
 from oncepay.errors import MalformedBody
-from oncepay.feed import EntryRow, FeedAnswer, FeedBatch, FeedPosition, LinkRow, PaymentRow
+from oncepay.feed import EntryRow, FeedAnswer, FeedBatch, FeedPosition, LinkRow, PaymentRow, PayoutRow
 from oncepay.logs import get_logger
 
 SQL = queries.load("apply.sql")
+PAYOUTS = queries.load("payouts.sql")
 
 _log = get_logger("apply")
 
@@ -38,7 +40,9 @@ def check(batch: FeedBatch) -> None:
         raise MalformedBody("a batch names its shard and its incarnation")
     if not 0 <= batch.from_lsn <= batch.to_lsn < 1 << 64 or batch.epoch < 0:
         raise MalformedBody(f"a batch can't go from {batch.from_lsn} to {batch.to_lsn} in epoch {batch.epoch}")
-    rows: Sequence[Sequence[PaymentRow | EntryRow | LinkRow]] = (batch.payments, batch.entries, batch.links)
+    rows: Sequence[Sequence[PaymentRow | EntryRow | LinkRow | PayoutRow]] = (
+        *(batch.payments, batch.entries, batch.links, batch.payouts),
+    )
     for row in itertools.chain.from_iterable(rows):
         if not batch.from_lsn < row.lsn <= batch.to_lsn:
             raise MalformedBody(f"a row at {row.lsn} is not of the batch from {batch.from_lsn} to {batch.to_lsn}")
@@ -81,6 +85,7 @@ async def put_rows(connection: asyncpg.Connection, batch: FeedBatch, *, at_commi
     await _payments(connection, batch.shard, batch.payments, at_commit=at_commit)
     new = await _entries(connection, batch.shard, batch.entries)
     await _links(connection, batch.shard, batch.links)
+    await _payouts(connection, batch.shard, batch.payouts)
     await add_sums(connection, batch.shard, fold(new))
 
 
@@ -113,6 +118,11 @@ async def _entries(connection: asyncpg.Connection, shard: str, rows: Sequence[En
 async def _links(connection: asyncpg.Connection, shard: str, rows: Sequence[LinkRow]) -> None:
     if rows:
         await connection.execute(SQL["insert_links"], shard, *link_columns(rows))
+
+
+async def _payouts(connection: asyncpg.Connection, shard: str, rows: Sequence[PayoutRow]) -> None:
+    if rows:
+        await connection.execute(PAYOUTS["upsert"], shard, *payout_columns(rows))
 
 
 async def add_sums(connection: asyncpg.Connection, shard: str, sums: Sums) -> None:

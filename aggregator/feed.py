@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
+from collections.abc import Sequence
 
 import msgspec
 from aiohttp import web
@@ -14,7 +15,16 @@ from aggregator.params import path_id
 from aggregator.positions import Reader
 from aggregator.rebuild import rebuild
 from oncepay.errors import BodyTooLarge, MalformedBody, Unauthorized
-from oncepay.feed import FEED_BYTES_MAX, FeedAnswer, FeedBatch, decode_batch
+from oncepay.feed import (
+    FEED_BYTES_MAX,
+    EntryRow,
+    FeedAnswer,
+    FeedBatch,
+    LinkRow,
+    PaymentRow,
+    PayoutRow,
+    decode_batch,
+)
 from oncepay.logs import get_logger
 from oncepay.service import Service, json_response
 
@@ -82,9 +92,13 @@ class FeedDoor:
         self._reader.moved(batch.shard, batch.to_lsn)
         metrics.APPLY_SECONDS.observe(seconds)
         metrics.WATERMARK.labels(batch.shard).set(batch.to_lsn)
-        for kind, rows in (("payment", batch.payments), ("entry", batch.entries), ("link", batch.links)):
+        for kind, rows in _kinds(batch):
             if rows:
                 metrics.ROWS.labels(batch.shard, kind).inc(len(rows))
-        newest_ms = max((rows[-1].committed_at_ms for rows in (batch.payments, batch.entries, batch.links) if rows), default=None)
+        newest_ms = max((rows[-1].committed_at_ms for _, rows in _kinds(batch) if rows), default=None)
         if newest_ms is not None:
             metrics.LAG_SECONDS.labels(batch.shard).set(max(0.0, time.time() - newest_ms / 1000))
+
+
+def _kinds(batch: FeedBatch) -> tuple[tuple[str, Sequence[PaymentRow | EntryRow | LinkRow | PayoutRow]], ...]:
+    return ("payment", batch.payments), ("entry", batch.entries), ("link", batch.links), ("payout", batch.payouts)

@@ -9,6 +9,7 @@ from aggregator import openapi
 from aggregator.api import Api
 from aggregator.database import Database
 from aggregator.feed import FeedDoor
+from aggregator.payouts import payouts
 from aggregator.positions import Reader
 from oncepay.errors import SettingsError
 from oncepay.feed import FEED_BYTES_MAX
@@ -27,7 +28,8 @@ async def start(service: Service) -> AsyncIterator[None]:
         FeedDoor(database, reader, settings.internal_token).register(service)
         service.check("database", database.check)
         service.openapi(openapi.document())
-        yield
+        async with payouts(service, reader):
+            yield
 
 
 def main() -> None:

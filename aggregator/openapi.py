@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from aggregator.params import LIMIT_DEFAULT, LIMIT_MAX
+from aggregator.payout_docs import PAYOUT_SCHEMAS, payout_paths
 from aggregator.views import History, Orders, PositionsView, Revenue, SellerBalance, Sellers, Totals
 from oncepay import __doc__ as _about
 
@@ -80,11 +81,13 @@ def _operation(text: str, answer: type, parameters: list[dict[str, Any]]) -> dic
 
 def document() -> dict[str, Any]:
     """The document that `/openapi.json` answers."""
-    _, components = msgspec.json.schema_components((*_SCHEMAS, Problem), ref_template="#/components/schemas/{name}")
+    _, components = msgspec.json.schema_components(
+        (*_SCHEMAS, *PAYOUT_SCHEMAS, Problem), ref_template="#/components/schemas/{name}"
+    )
     return {
         "openapi": "3.1.0",
         "info": {"title": "Oncepay aggregator", "version": "1", "description": (_about or "").strip()},
         "security": [{"key": []}],
-        "paths": {path: {"get": _operation(*call)} for path, call in _CALLS.items()},
+        "paths": {path: {"get": _operation(*call)} for path, call in _CALLS.items()} | payout_paths(),
         "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }

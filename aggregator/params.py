@@ -77,6 +77,13 @@ class Query:
                 return interval  # type: ignore[no-any-return]
         raise InvalidField(f"{text!r} is none of {', '.join(get_args(Interval))}", field="interval")
 
+    def text(self, name: str) -> str | None:
+        """A parameter as it is, None when it isn't given."""
+        text = self._query.get(name)
+        if text is not None and not text.isprintable():
+            raise InvalidField("only printable characters are allowed", field=name)
+        return text
+
     def limit(self) -> int:
         """How many rows a page has at most."""
         text = self._query.get("limit")

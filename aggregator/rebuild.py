@@ -60,6 +60,7 @@ async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> Fe
     async with connection.transaction():
         await _lock(connection, head)
         affected = [row[0] for row in await connection.fetch(SQL["forget_slots"], shard, slots)]
+        await connection.execute(SQL["forget_payouts"], slots)
         for each in affected:
             await _sum_again(connection, each)
         rows = 0

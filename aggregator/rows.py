@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from oncepay.feed import EntryRow, LinkRow, PaymentRow
+from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow
 
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
@@ -139,3 +139,23 @@ def link_columns(rows: Iterable[LinkRow]) -> Columns:
         for r in sorted(rows, key=attrgetter("balance_transaction", "key", "entry_id"))
     ]
     return _transposed(made, 6)
+
+
+def payout_columns(rows: Iterable[PayoutRow]) -> Columns:
+    """For `upsert` of payouts: each once, by key, its highest version, with what only an earlier row of the batch says."""
+    latest: dict[str, PayoutRow] = {}
+    for row in rows:
+        known = latest.get(row.key)
+        if known is not None:
+            old, new = (known, row) if row.version > known.version else (row, known)
+            positions, progress = new.positions or old.positions, new.progress or old.progress
+            row = msgspec.structs.replace(new, positions=positions, progress=progress)
+        latest[row.key] = row
+    made = [
+        (
+            *(r.key, r.slot, r.seller, r.currency, r.sequence, r.status, r.version, r.amount, r.payee, r.ref_code, r.run),
+            *(r.created_by, r.positions, r.progress, time_of(r.created_at_us), time_of(r.updated_at_us), r.lsn),
+        )
+        for r in sorted(latest.values(), key=attrgetter("seller", "currency", "sequence"))
+    ]
+    return _transposed(made, 17)

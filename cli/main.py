@@ -22,6 +22,7 @@ COMMANDS = {
     "status": Entry("cli.status", "status", "Show what runs, where, and how well."),
     "payments": Entry("cli.payments", "payments", "Look at payments, make one, give one up or back."),
     "keys": Entry("cli.keys", "keys", "Take idempotency keys, and look after their pool."),
+    "payouts": Entry("cli.payouts", "payouts", "Pay sellers what they are owed, and see what became of it."),
     "apikeys": Entry("cli.apikeys", "apikeys", "Make and revoke API keys."),
     "shards": Entry("cli.shards", "shards", "Look after single shards."),
     "verify": Entry("cli.verify", "verify", "Check every promise from outside, row by row."),

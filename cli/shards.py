@@ -142,4 +142,7 @@ async def _table(dsn: str) -> States:
     return {row["key"]: (row["version"], row["status"]) for row in rows}
 
 
-_OPEN = "select key, version, status from oncepay.payments where open_work"
+_OPEN = (
+    "select key, version, status from oncepay.payments where open_work"
+    " union all select key, version, status from oncepay.payouts where open_work"
+)

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from deploy.local import Cluster, Status
     from loadtest.checker import Report, Target
     from loadtest.checker.model import Progress
+    from oncepay.settings import TipaltiSettings
 
 STAND_IN_KEY = "sk_test_verify"
 """The stand-in for Stripe takes any key that begins like this."""
+STAND_IN_TOKEN = "rt_test_verify"  # noqa: S105 (the stand-in for Tipalti takes any that begins like this)
 
 WAIT_S = 60.0
 LEADER_PAUSE_S = 1.0
@@ -36,12 +38,19 @@ PROMISES = {
     4: ("Terminal is terminal", "rows and Stripe agree on every end", "payments"),
     5: ("Balanced", "entries sum to zero, splits to the total", "entries"),
     6: ("Derived equals source", "the aggregator is the fold of the entries", "derived_entries"),
-    7: ("Reconciled", "every balance transaction has its postings", "balance_transactions"),
+    7: ("Reconciled", "Stripe's transactions and Tipalti's payments have their postings", "balance_transactions"),
 }
 """What this can see: promise 2 (nothing lost) needs a history of what was acknowledged, which chaos campaigns keep."""
 
 
-def target_of(status: Status, *, stripe_key: str = STAND_IN_KEY, wait_s: float = WAIT_S, since: int = 0) -> Target:
+def target_of(
+    status: Status,
+    *,
+    stripe_key: str = STAND_IN_KEY,
+    wait_s: float = WAIT_S,
+    since: int = 0,
+    tipalti: TipaltiSettings | None = None,
+) -> Target:
     """Where the checker finds a cluster's parts. Raises Unreachable when a shard has no leader or a part isn't there."""
     from loadtest.checker import ShardTarget, Target, Unreachable
 
@@ -62,6 +71,10 @@ def target_of(status: Status, *, stripe_key: str = STAND_IN_KEY, wait_s: float =
         stripe_key=stripe_key,
         since=since,
         wait_s=wait_s,
+        tipalti_url=status.urls.get("tipalti", "") if tipalti is None else tipalti.base_url,
+        tipalti_client_id=tipalti.client_id if tipalti else "",
+        tipalti_client_secret=tipalti.client_secret if tipalti else "",
+        tipalti_refresh_token=tipalti.refresh_token if tipalti else STAND_IN_TOKEN,
     )
 
 

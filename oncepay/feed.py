@@ -75,6 +75,34 @@ class LinkRow(msgspec.Struct, array_like=True, frozen=True):
     created_at_us: int
 
 
+class PayoutRow(msgspec.Struct, array_like=True, frozen=True):
+    """A payout as one commit left it; members as those of `oncepay.payout.Payout`, times in microseconds since 1970.
+
+    `positions` and `progress` are the columns' JSON text; `progress` is None when the log doesn't repeat a large value that
+    didn't change.
+    """
+
+    lsn: int
+    committed_at_ms: int
+    slot: int
+    key: str
+    seller: str
+    currency: str
+    sequence: int
+    status: str
+    version: int
+    amount: int
+    payee: str
+    ref_code: str
+    run: str
+    created_by: str
+    positions: str | None
+    progress: str | None
+    open_work: bool
+    created_at_us: int
+    updated_at_us: int
+
+
 class FeedBatch(msgspec.Struct, array_like=True, frozen=True):
     """All changes of `shard` with from_lsn < lsn <= to_lsn, in commit order.
 
@@ -90,11 +118,12 @@ class FeedBatch(msgspec.Struct, array_like=True, frozen=True):
     payments: tuple[PaymentRow, ...] = ()
     entries: tuple[EntryRow, ...] = ()
     links: tuple[LinkRow, ...] = ()
+    payouts: tuple[PayoutRow, ...] = ()
 
     @property
     def rows(self) -> int:
         """How many rows the batch holds."""
-        return len(self.payments) + len(self.entries) + len(self.links)
+        return len(self.payments) + len(self.entries) + len(self.links) + len(self.payouts)
 
 
 class FeedAnswer(msgspec.Struct, frozen=True):

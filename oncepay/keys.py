@@ -166,6 +166,11 @@ def payout_key(seller: str, currency: str, sequence: int) -> str:
     return f"payout:{seller}:{currency}:{sequence}"
 
 
+def funding_key(funding: str) -> str:
+    """The reserved key under which money that came to the balance at Tipalti is booked."""
+    return f"tipalti:{funding}"
+
+
 def _reserved_length(key: str) -> int:
     lower = key.lower()
     return max(len(prefix) for prefix in RESERVED_PREFIXES if lower.startswith(prefix))

@@ -196,9 +196,3 @@ def payout_by_hand_entry(currency: str, amount_minor: int, reference: str) -> En
         reference,
         (Posting(TIPALTI_CLEARING, amount_minor), Posting(BANK, -amount_minor)),
     )
-
-
-def funding_entry(currency: str, funding: str, amount_minor: int) -> Entry:
-    """Money that went from the bank to the balance at Tipalti; negative when it came back."""
-    postings = (Posting(TIPALTI_CLEARING, amount_minor), Posting(BANK, -amount_minor))
-    return Entry("funding", "funding", currency, funding, postings)

@@ -198,3 +198,19 @@ def _dispute_booked(payment: Payment, transaction: BalanceTransaction, disputed:
     sign = 1 if transaction.amount < 0 else -1
     settled = abs(transaction.amount)
     return dispute_entries(payment.currency, transaction.id, shares, sign, transaction.currency, settled, transaction.fee)
+
+
+def held_by_inquiries(payment: Payment) -> dict[str, int]:
+    """What each seller isn't paid out for now: disputes that are open and have moved no money, by the sellers' shares.
+
+    The amount that the money's withdrawal would take, in minor units of the payment's currency.
+    """
+    held: dict[str, int] = {}
+    shares = [share for share in payment.captured_shares if share.gross]
+    for dispute in payment.progress.disputes:
+        if dispute.status in DISPUTE_OVER or dispute.booked or not shares:
+            continue
+        amount = min(dispute.amount, sum(share.gross for share in shares))
+        for share, part in zip(shares, allocate(amount, [share.gross for share in shares]), strict=True):
+            held[share.seller] = held.get(share.seller, 0) + part
+    return held

@@ -135,7 +135,7 @@ class TipaltiClient:
             raise TipaltiUnavailable(f"a payment that can't be read: {error}") from error
 
     async def payees(self, names: Iterable[str]) -> dict[str, PayeeObject]:
-        """The payees by the names that were asked for (the payer's own id, else Tipalti's); those that it doesn't know are absent."""
+        """The payees, by the names asked for (the payer's own ids, else Tipalti's). Those that it doesn't know are absent."""
         wanted = sorted(set(names))
         found: dict[str, PayeeObject] = {}
         for some in _chunks(wanted):

@@ -11,16 +11,19 @@ from oncepay.errors import EtcdUnavailable, ShardUnavailable
 from oncepay.payment import Payment
 from oncepay.service import Service, run
 from oncepay.stripe_client import StripeGateway
+from oncepay.tipalti_client import TipaltiClient
 from router.commands import Commands
 from router.docs import docs_page
 from router.fees import Fees
 from router.inflight import InFlight
 from router.lists import Lists
 from router.macs import Macs
+from router.notifications import TipaltiNotifications
 from router.openapi import document
 from router.payments import PaymentCalls
 from router.sellers import Sellers
 from router.webhooks import Finished, Secrets, StripeWebhooks
+from shard.store.payouts import PayoutStore
 from shard.store.store import Shards
 
 STOP_S = 8.0
@@ -35,7 +38,7 @@ async def start(service: Service) -> AsyncIterator[None]:
     in_flight = InFlight(store)
     fees = Fees(store, refuse_unknown=settings.fee.unknown_sellers == "refuse")
     budget = Budget(service.etcd, settings.stripe, name=service.name, role="router")
-    async with StripeGateway(settings.stripe, budget) as stripe:
+    async with StripeGateway(settings.stripe, budget) as stripe, TipaltiClient(settings.tipalti) as tipalti:
         finished = Finished()
 
         def moved(payment: Payment) -> None:
@@ -48,6 +51,8 @@ async def start(service: Service) -> AsyncIterator[None]:
         lists = Lists(store, stripe, driver)
         sellers = Sellers(store, fees, service.name)
         webhooks = StripeWebhooks(store, driver, Secrets(settings.stripe.webhook_secret_files), finished)
+        payouts = PayoutStore(store, service.name)
+        notifications = TipaltiNotifications(payouts, tipalti, Secrets(settings.tipalti.notification_secret_files))
         service.route("POST", "/v1/payments", payments.submit, scope="pay")
         service.route("GET", "/v1/payments/{key}", payments.show, scope="read")
         service.route("GET", "/v1/payments", lists.payments, scope="read")
@@ -60,6 +65,7 @@ async def start(service: Service) -> AsyncIterator[None]:
         service.route("PUT", "/v1/sellers/{id}", sellers.put, scope="operate")
         service.route("GET", "/v1/sellers/{id}", sellers.show, scope="read")
         service.route("POST", "/v1/webhooks/stripe", webhooks.receive)
+        service.route("POST", "/v1/webhooks/tipalti", notifications.receive)
         service.route("GET", "/docs", docs_page(document()))
         service.openapi(document())
 

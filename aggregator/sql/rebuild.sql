@@ -3,6 +3,9 @@
 -- name: forget_slots
 select oncepay.forget_slots($1, $2)
 
+-- name: forget_payouts
+select oncepay.forget_payouts($1)
+
 -- name: forget_versions
 select oncepay.forget_versions($1)
 

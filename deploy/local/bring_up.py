@@ -157,6 +157,8 @@ class BringUp:
             steps.append(self._prepare_aggregator)
         if {"stripe", "router"} <= chosen:
             steps.append(self._prepare_routers)
+        if {"tipalti", "router"} <= chosen:
+            steps.append(self._prepare_tipalti)
         return steps
 
     def _until(self, check: Callable[[], bool], process: str, poll_s: float = POLL_S) -> None:
@@ -279,6 +281,14 @@ class BringUp:
         key = self.plan.settings.stripe.api_key
         self._try(lambda: webhooks.register(self.layout, port, key, url), "stripe")
         self.supervisor.start(program.name for program in self.programs if program.part == "router")
+
+    def _prepare_tipalti(self) -> None:
+        """Have the stand-in tell the routers what becomes of payments."""
+        port = self.plan.ports.tipalti
+        self._until(lambda: probe_http(port, "/_control/faults").healthy, "tipalti")
+        url = f"http://127.0.0.1:{self.plan.ports.router}/v1/webhooks/tipalti"
+        secret = self.plan.passwords.tipalti_notifications
+        self._try(lambda: webhooks.register_notifications(port, url, secret), "tipalti")
 
     def _watch_health(self) -> None:
         """Until every process is healthy and every shard has its quorum; says of each when it is."""

@@ -70,6 +70,10 @@ class Layout:
         return self.secrets / "stripe_webhook"
 
     @property
+    def tipalti_notifications(self) -> Path:
+        return self.secrets / "tipalti_notifications"
+
+    @property
     def logs(self) -> Path:
         return self.home / "logs"
 

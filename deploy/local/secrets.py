@@ -36,6 +36,7 @@ class Passwords(msgspec.Struct, frozen=True):
     internal: str = msgspec.field(default_factory=_token)
     stripe_key: str = msgspec.field(default_factory=lambda: "sk_test_local" + _token())
     api_key: str = msgspec.field(default_factory=lambda: "oncepay_local_" + _token())
+    tipalti_notifications: str = msgspec.field(default_factory=_token)
 
 
 def load_or_make(layout: Layout) -> Passwords:
@@ -51,6 +52,7 @@ def load_or_make(layout: Layout) -> Passwords:
     if kept != (encoded := msgspec.json.encode(passwords)):
         write_secret(layout.passwords, encoded)
         write_secret(layout.api_key, passwords.api_key.encode() + b"\n")
+        write_secret(layout.tipalti_notifications, passwords.tipalti_notifications.encode() + b"\n")
     return passwords
 
 
@@ -108,7 +110,12 @@ def make_settings(layout: Layout, ports: Ports, passwords: Passwords, memory: Me
         etcd=EtcdSettings(endpoints=tuple(f"127.0.0.1:{ports.etcd_client(member)}" for member in range(ETCD_MEMBERS))),
         postgres=postgres,
         stripe=stripe_settings(layout, ports, passwords, memory),
-        tipalti=TipaltiSettings(base_url=f"http://127.0.0.1:{ports.tipalti}"),
+        tipalti=TipaltiSettings(
+            base_url=f"http://127.0.0.1:{ports.tipalti}",
+            client_id="local",
+            refresh_token="rt_test_local",  # noqa: S106 (the stand-in takes any that begins so)
+            notification_secret_files=(str(layout.tipalti_notifications),),
+        ),
         aggregator_url=f"http://127.0.0.1:{ports.aggregator}",
         aggregator_dsn=postgres_dsn("oncepay_aggregator", passwords.aggregator, ports.aggregator_postgres, postgres.database),
         internal_token=passwords.internal,

@@ -1,4 +1,5 @@
-"""Telling the stand-in for Stripe where to send its events, in the way that the real Stripe is told."""
+"""Telling the stand-ins where to send their events: Stripe's in the way that the real Stripe is told, Tipalti's by its control
+API, since the real Tipalti is told in its web pages."""
 
 from __future__ import annotations
 
@@ -71,3 +72,19 @@ def register(layout: Layout, port: int, key: str, url: str) -> None:
     if not isinstance(secret, str) or not secret:
         raise WebhookNotRegistered("the stand-in told no signing secret")
     write_secret(layout.stripe_webhook_secret, secret.encode() + b"\n")
+
+
+def register_notifications(port: int, url: str, secret: str) -> None:
+    """Have the stand-in for Tipalti send its notifications to `url`, signed with `secret`. Raises WebhookNotRegistered."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+    try:
+        body = json.dumps({"url": url, "secret": secret})
+        connection.request("POST", "/_control/notifications", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise WebhookNotRegistered(f"POST /_control/notifications: {error}") from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise WebhookNotRegistered(f"POST /_control/notifications: status {response.status}, {answer!r}")

@@ -17,6 +17,7 @@ from loadtest.checker.model import (
     Link,
     Misread,
     Payment,
+    Payout,
     Progress,
     SellerDay,
     Shard,
@@ -122,6 +123,8 @@ async def read_shard(target: ShardTarget, progress: Progress) -> Shard:
         await _read(connection, SHARD["payments"], lambda row: payments(_payment(target.name, row)), step)
         await _read(connection, SHARD["entries"], lambda row: entries(_entry(target.name, row)), step)
         await _read(connection, SHARD["links"], lambda row: links(Link(*row)), step)
+        payouts = shard.payouts.append
+        await _read(connection, SHARD["payouts"], lambda row: payouts(Payout(target.name, *row)), step)
         step.finish()
     return shard
 
@@ -184,6 +187,8 @@ async def read_derived(dsn: str, progress: Progress) -> Derived:
         await _read(connection, AGGREGATOR["entries"], lambda row: entries(_entry(row[0], tuple(row)[1:])), step)
         await _read(connection, AGGREGATOR["links"], lambda row: links(Link(*row)), step)
         await _read(connection, AGGREGATOR["seller_days"], seller_day, step)
+        for key, *state in await connection.fetch(AGGREGATOR["payouts"]):
+            derived.payouts[key] = (state[0], state[1], state[2])
         for name, sums in (("accounts", derived.accounts), ("kinds", derived.kinds)):
             for first, currency, one, two in await connection.fetch(AGGREGATOR[name]):
                 sums[first, currency] = int(one), int(two)
@@ -191,11 +196,15 @@ async def read_derived(dsn: str, progress: Progress) -> Derived:
     return derived
 
 
-async def read_counts(target: ShardTarget) -> tuple[int, int]:
-    """How many payments of a shard are open, and on how many (those that only lack their fee, too) the platform works."""
+async def read_counts(target: ShardTarget, *, payouts: bool = False) -> tuple[int, int]:
+    """How many payments of a shard are open, and on how many (those that only lack their fee, too) the platform works.
+
+    With `payouts`, those that Tipalti still has to be told of count as work too.
+    """
     async with _snapshot(f"shard {target.name}", target.dsn) as connection:
         row = await connection.fetchrow(SHARD["counts"])
-        return row["open"], row["driven"]
+        untold = await connection.fetchval(SHARD["payout_counts"]) if payouts else 0
+        return row["open"], row["driven"] + untold
 
 
 async def read_positions(dsn: str) -> dict[str, int]:

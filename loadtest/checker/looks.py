@@ -25,9 +25,12 @@ from loadtest.checker.model import (
     Shard,
     Stripe,
     Target,
+    Tipalti,
     silent,
 )
+from loadtest.checker.payouts import check_derived_payouts, check_payouts, check_tipalti, collect
 from loadtest.checker.stripe import StripeLists
+from loadtest.checker.tipalti import TipaltiLists
 
 LOOKS_MAX = 30
 PAUSE_S = 0.5
@@ -67,7 +70,8 @@ async def _until_quiet(target: Target, deadline: float, progress: Progress) -> N
     """Until the platform has done all that it can do by itself, or the time is over."""
     most, pause_s = 0, 0.1
     while True:
-        counts = await asyncio.gather(*(read_counts(shard) for shard in target.shards))
+        payouts = bool(target.tipalti_url)
+        counts = await asyncio.gather(*(read_counts(shard, payouts=payouts) for shard in target.shards))
         driven = sum(count for _, count in counts)
         most = max(most, driven)
         if most:
@@ -118,27 +122,39 @@ class Looks:
             guess.append(sum(1 for shard in read for payment in shard.payments if payment.intent))
             return read, await read_derived(self._target.aggregator_dsn, self._progress)
 
+        async def paid_out() -> Tipalti | None:
+            return await TipaltiLists(self._target).read(self._progress) if self._target.tipalti_url else None
+
         lists = StripeLists(self._target.stripe_url, self._target.stripe_key, since=self._target.since)
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(shards_and_derived())
             listing = group.create_task(lists.read(self._progress, lambda: guess[0] if guess else None))
+            paying = group.create_task(paid_out())
         shards, derived = reading.result()
-        return await self._check(shards, derived, listing.result())
+        return await self._check(shards, derived, listing.result(), paying.result())
 
-    async def _check(self, shards: list[Shard], derived: Derived, stripe: Stripe) -> tuple[Findings, int]:
+    async def _check(
+        self, shards: list[Shard], derived: Derived, stripe: Stripe, tipalti: Tipalti | None
+    ) -> tuple[Findings, int]:
         found, books, target = Findings(), Books(shards), self._target
+        payouts = collect(shards)
         check_ranges(shards, target, found)
         check_placement(shards, target, found)
         check_balanced(books, found)
         check_charges(books, stripe, target, found)
         check_reconciled(books, stripe, target, found)
+        check_payouts(books, payouts, target, found)
+        if tipalti is not None:
+            check_tipalti(books, payouts, tipalti, target, found)
         lag = Findings()
         check_derived(books, derived, lag)
+        check_derived_payouts(books, payouts, derived, lag)
         if lag.lagging and time.monotonic() < self._deadline:
             await self._until_past(shards)
             derived = await read_derived(target.aggregator_dsn, self._progress)
             lag = Findings()
             check_derived(books, derived, lag)
+            check_derived_payouts(books, payouts, derived, lag)
         if target.aggregator_url:
             await check_api(target, derived, self._progress, lag)
         found.differences |= lag.differences

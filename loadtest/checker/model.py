@@ -60,6 +60,11 @@ class Target:
     wait_s: float = 60.0
     grace_s: float = 60.0
     moving: tuple[tuple[int, int], ...] = ()
+    tipalti_url: str = ""
+    """May be empty: then nobody pays out through Tipalti, and its half of promise 7 is not checked."""
+    tipalti_client_id: str = ""
+    tipalti_client_secret: str = ""
+    tipalti_refresh_token: str = ""
 
 
 class Share(NamedTuple):
@@ -136,6 +141,25 @@ class Link(NamedTuple):
     entry_id: str
 
 
+class Payout(NamedTuple):
+    """A payout's row in a shard. Amounts in minor units, times in microseconds since 1970."""
+
+    shard: str
+    slot: int
+    key: str
+    seller: str
+    currency: str
+    sequence: int
+    status: str
+    version: int
+    amount: int
+    ref_code: str
+    fee: int
+    reference: str
+    """The bank's, when it was paid by hand."""
+    created_at_us: int
+
+
 @dataclass
 class Shard:
     """All that one shard holds, from one snapshot. `position` is a place in its log past everything that is in it."""
@@ -146,6 +170,7 @@ class Shard:
     entries: list[Entry] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     position: int = 0
+    payouts: list[Payout] = field(default_factory=list)
 
     def owns(self, slot: int) -> bool:
         """Whether the shard's own database says that the slot is its."""
@@ -181,6 +206,38 @@ class Stripe:
 
     intents: list[Intent] = field(default_factory=list)
     transactions: list[Transaction] = field(default_factory=list)
+    now: float = 0.0
+
+
+class PaidOut(NamedTuple):
+    """A payment as Tipalti lists it; minor units, times in seconds since 1970. `status` is Tipalti's word."""
+
+    id: str
+    ref_code: str
+    status: str
+    currency: str
+    amount: int
+    fee_currency: str
+    fee: int
+    created: int
+    changed: int
+
+
+class Funding(NamedTuple):
+    """Money that came to the balance at Tipalti from the bank (negative: went back)."""
+
+    id: str
+    currency: str
+    amount: int
+    created: int
+
+
+@dataclass
+class Tipalti:
+    """What Tipalti lists, and its time at the last page (seconds since 1970, by its own clock)."""
+
+    payments: list[PaidOut] = field(default_factory=list)
+    fundings: list[Funding] = field(default_factory=list)
     now: float = 0.0
 
 
@@ -220,6 +277,8 @@ class Derived:
     seller_days: dict[tuple[str, str, int], SellerDay] = field(default_factory=dict)
     accounts: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     kinds: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    payouts: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    """A payout's status, version and amount, by its key."""
 
 
 @dataclass(frozen=True, order=True)

@@ -17,6 +17,7 @@ from oncepay.errors import (
 )
 from oncepay.payment import Status
 from oncepay.service import NotReady
+from oncepay.tipalti_client import TipaltiOff, TipaltiRefused, TipaltiUnavailable
 from router.openapi import examples as ex
 from router.openapi.parts import BODY, ETAG, LOCATION, REPLAYED, STORE, Json, Problems, answer, call, parameter, ref, request_body
 from router.openapi.schemas import KEY, SELLER_ID, TEXT
@@ -247,6 +248,19 @@ _STRIPE = call(
 )
 
 
+_TIPALTI = call(
+    "receiveTipaltiNotification",
+    "Take a notification of Tipalti's",
+    {"200": answer("What a look at the payment showed is committed.", ref("Received"), {"received": True, "outcome": "applied"})},
+    about="Signed with the account's secret over the raw body; without a secret it is sent back to Tipalti to be verified.",
+    tag="webhooks",
+    scope=None,
+    parameters=[parameter("tipalti-signature", "header", "Tipalti's signature.", TEXT, example="1789555800,5257a869e7")],
+    body=request_body({"type": "object"}, {}),
+    problems=(BadSignature, *BODY, TipaltiOff, TipaltiRefused, TipaltiUnavailable, *STORE),
+)
+
+
 def _service(name: str, summary: str, found: Json, problems: Problems = ()) -> Json:
     return call(name, summary, {"200": found}, tag="service", scope=None, problems=problems)
 
@@ -262,6 +276,7 @@ PATHS: dict[str, Json] = {
     "/v1/payments/{key}/disputes/{dispute}/evidence": {"post": _EVIDENCE},
     "/v1/sellers/{id}": {"put": _PUT_SELLER, "get": _SHOW_SELLER},
     "/v1/webhooks/stripe": {"post": _STRIPE},
+    "/v1/webhooks/tipalti": {"post": _TIPALTI},
     "/livez": {
         "get": _service(
             "alive",

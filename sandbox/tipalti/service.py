@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from email.utils import formatdate
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qsl
@@ -146,7 +147,9 @@ class TipaltiService:
 
     def _respond(self, status: int, result: object) -> web.Response:
         self.world.counts.statuses[str(status)] += 1
-        return reply(result, status)
+        answer = reply(result, status)
+        answer.headers["Date"] = formatdate(self.world.clock.now(), usegmt=True)
+        return answer
 
     def _execute(
         self, request: web.BaseRequest, call: Callable[[web.BaseRequest, bytes], object], body: bytes

@@ -47,6 +47,9 @@ WAITING_MAX = 20_000
 EVIDENCE_S = 5.0
 """How long a commit's evidence may take before the outcome is called unknown."""
 EVIDENCE_PAUSES_S = (0.0, 0.001, 0.002, 0.005, 0.01)
+HURRY = "hurry"
+"""Ends the message of a read's barrier whose reader waits for the aggregator to be so far: the feed then doesn't wait until a row
+changes."""
 STOP_S = 5.0
 """How long a store that stops waits for its batches in flight."""
 CONNECT_S = 5.0
@@ -421,14 +424,14 @@ class Batcher:
         self.epoch = int((await self.write("select oncepay.take_epoch($1)", holder))[0])
         return self.epoch
 
-    async def read(self, query: str, *arguments: object) -> Sequence[Mapping[str, Any]]:
+    async def read(self, query: str, *arguments: object, message: str = "list") -> Sequence[Mapping[str, Any]]:
         """Rows of a query (lists, not single payments), answered only behind the barrier.
 
-        The barrier's commit goes on when the caller gives up. Raises ShardUnavailable, or InvalidField when the database
-        refused an argument.
+        The barrier's commit goes on when the caller gives up. Its message HURRY asks the shard's feed to bring soon what was
+        committed before. Raises ShardUnavailable, or InvalidField when the database refused an argument.
         """
         await self._reader_lock.acquire()
-        reading = asyncio.create_task(self._read(query, arguments))
+        reading = asyncio.create_task(self._read(query, arguments, message))
         reading.add_done_callback(self._has_read)
         return await asyncio.shield(reading)
 
@@ -437,14 +440,14 @@ class Batcher:
         if not reading.cancelled():
             reading.exception()  # its caller may have gone
 
-    async def _read(self, query: str, arguments: tuple[object, ...]) -> Sequence[Mapping[str, Any]]:
+    async def _read(self, query: str, arguments: tuple[object, ...], message: str) -> Sequence[Mapping[str, Any]]:
         connection = self._reader_session
         try:
             if connection is None or connection.is_closed():
                 node = await self._leaders.wait(self.shard, CONNECT_S)
                 connection = self._reader_session = await self._opened(node)
             rows: Sequence[Mapping[str, Any]] = await connection.fetch(query, *arguments)
-            await connection.fetchval("select pg_logical_emit_message(true, 'oncepay', $1::text)", f"{self._actor} list")
+            await connection.fetchval("select pg_logical_emit_message(true, 'oncepay', $1::text)", f"{self._actor} {message}")
             await self._prove(connection)
         except (*_LOST, asyncpg.PostgresError) as error:
             if isinstance(error, asyncpg.PostgresError) and (_is_data(error) or _is_schema(error)):
@@ -486,6 +489,8 @@ class Batcher:
             except (*_LOST, ShardUnavailable, asyncpg.PostgresError) as error:
                 if isinstance(error, asyncpg.PostgresError) and (_is_data(error) or _is_schema(error)):
                     raise _refusal(error) from error
+                if isinstance(error, asyncpg.PostgresError) and error.sqlstate == "OP001":
+                    raise EpochOver(str(error)) from error
                 if connection is not None:
                     connection.terminate()
                 raise OutcomeUnknown(f"{self.shard}: {error!r}") from error

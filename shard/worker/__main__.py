@@ -65,7 +65,8 @@ async def _cache(request: web.Request, duty: Duty, token: str) -> web.Response:
     worker = duty.active()
     if not (worker.filled and worker.feed):
         raise Unavailable("the worker's cache is being filled")
-    pending = [(item.key, item.version, item.status.value) for item in worker.cache]
+    pending = [(str(item.key), item.version, item.status.value) for item in worker.cache]
+    pending += [(item.key, item.version, item.status.value) for item in worker.payouts]
     body = {"shard": worker.shard, "name": worker.name, "certain_lsn": worker.feed.certain_lsn, "pending": pending}
     return json_response(body)
 

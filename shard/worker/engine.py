@@ -11,6 +11,7 @@ from oncepay.budget import Budget
 from oncepay.etcd import Etcd
 from oncepay.settings import Settings
 from oncepay.stripe_client import StripeGateway
+from oncepay.tipalti_client import TipaltiClient
 from shard.store.store import Shards
 from shard.worker.lease import Seat
 from shard.worker.stream import ROLE
@@ -26,6 +27,7 @@ async def engine(shard: str, name: str, settings: Settings, etcd: Etcd, seat: Se
         budget.start()
         stack.push_async_callback(budget.stop)
         stripe = await stack.enter_async_context(StripeGateway(settings.stripe, budget))
+        tipalti = await stack.enter_async_context(TipaltiClient(settings.tipalti))
         shards = Shards(etcd, settings, role=ROLE, password=settings.postgres.worker_password, actor=name)
         stack.push_async_callback(shards.stop)
-        yield Worker(shard, name, settings, shards, stripe, seat, http)
+        yield Worker(shard, name, settings, shards, stripe, tipalti, seat, http)

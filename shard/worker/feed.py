@@ -16,6 +16,7 @@ from typing import NamedTuple
 from oncepay.errors import OncepayError
 from oncepay.logs import get_logger
 from oncepay.settings import Settings
+from shard.store.batch import HURRY
 from shard.worker import metrics
 from shard.worker.errors import FeedDown, FeedHalted, StandDown, WrongNode
 from shard.worker.forward import Forwarder, lag_s
@@ -189,6 +190,8 @@ class Feed:
             for payload in await stream.connection.read():
                 transaction = assembler.feed(payload)
                 if transaction is not None:
+                    if any(nonce.endswith(HURRY) for nonce in transaction.nonces):
+                        self._wanted.set()  # somebody waits for the aggregator to be so far, though no row has changed
                     self._deliver(self._sieve.add(transaction))
             self._read_at = time.monotonic()
             self._after_change()

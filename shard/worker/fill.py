@@ -16,33 +16,38 @@ from oncepay.errors import ShardUnavailable
 from oncepay.logs import get_logger
 from shard.worker.cache import PendingCache
 from shard.worker.feed import Feed
+from shard.worker.payout_cache import PayoutCache
 
 PAGE_ROWS = 2_000
 
-_SQL = (resources.files("shard.worker") / "sql" / "fill.sql").read_text()
+_FOLDER = resources.files("shard.worker") / "sql"
+_SQL = (_FOLDER / "fill.sql").read_text()
+_PAYOUTS = (_FOLDER / "fill_payouts.sql").read_text()
 _log = get_logger("cache")
 
 Connect = Callable[[str, int], Awaitable[asyncpg.Connection]]
 
 
-async def fill(cache: PendingCache, feed: Feed, connect: Connect) -> None:
-    """Fill `cache`, whose `begin_fill` was called before `feed` started. Raises ShardUnavailable: then try again.
+async def fill(cache: PendingCache, payouts: PayoutCache, feed: Feed, connect: Connect) -> None:
+    """Fill the caches, whose `begin_fill` was called before `feed` started. Raises ShardUnavailable: then try again.
 
-    `connect` opens a session with a node. The cache keeps what the feed tells meanwhile.
+    `connect` opens a session with a node. The caches keep what the feed tells meanwhile.
     """
     before = await feed.fence()
-    rows = await _read(cache, connect, before.host, before.port)
+    rows = await _read(cache, payouts, connect, before.host, before.port)
     after = await feed.fence()
     if after != before:
         raise ShardUnavailable(f"the leader changed from {before} to {after} while the cache was filled")
     cache.end_fill()
-    _log.info("cache filled", rows=rows, pending=len(cache))
+    payouts.end_fill()
+    _log.info("cache filled", rows=rows, pending=len(cache), payouts=len(payouts))
 
 
-async def _read(cache: PendingCache, connect: Connect, host: str, port: int) -> int:
+async def _read(cache: PendingCache, payouts: PayoutCache, connect: Connect, host: str, port: int) -> int:
     try:
         connection = await connect(host, port)
         try:
+            await _payout_pages(payouts, connection)
             return await _pages(cache, connection)
         finally:
             connection.terminate()
@@ -59,4 +64,15 @@ async def _pages(cache: PendingCache, connection: asyncpg.Connection) -> int:
         total += len(rows)
         if len(rows) < PAGE_ROWS:
             return total
+        slot, key = rows[-1]["slot"], rows[-1]["key"]
+
+
+async def _payout_pages(payouts: PayoutCache, connection: asyncpg.Connection) -> None:
+    slot, key = -1, ""
+    while True:
+        rows = await connection.fetch(_PAYOUTS, slot, key, PAGE_ROWS)
+        for row in rows:
+            payouts.put(row["key"], row["status"], row["version"], True)
+        if len(rows) < PAGE_ROWS:
+            return
         slot, key = rows[-1]["slot"], rows[-1]["key"]

@@ -246,6 +246,7 @@ class Forwarder:
             payments=tuple(row for transaction in taken for row in transaction.payments),
             entries=tuple(row for transaction in taken for row in transaction.entries),
             links=tuple(row for transaction in taken for row in transaction.links),
+            payouts=tuple(row for transaction in taken for row in transaction.payouts),
         )
         return batch, rows
 

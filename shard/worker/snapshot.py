@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 
 from oncepay.errors import ShardUnavailable
-from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow, RebuildHead, lsn_text, parse_lsn
+from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow, PayoutRow, RebuildHead, lsn_text, parse_lsn
 from oncepay.logs import get_logger
 from oncepay.settings import Settings
 from shard.store.leader import Node
@@ -62,6 +62,8 @@ class Snapshot:
                 yield self._batch(entries=tuple(_entry(lsn, row) for row in page))
             async for page in self._pages("links"):
                 yield self._batch(links=tuple(_link(lsn, row) for row in page))
+            async for page in self._pages("payouts"):
+                yield self._batch(payouts=tuple(_payout(lsn, row) for row in page))
         except _FAILURES as error:
             raise ShardUnavailable(f"the shard's tables can't be read: {error!r}") from error
 
@@ -158,3 +160,7 @@ def _entry(lsn: int, row: Sequence[Any]) -> EntryRow:
 
 def _link(lsn: int, row: Sequence[Any]) -> LinkRow:
     return LinkRow(lsn, row[4] // 1000, *row)
+
+
+def _payout(lsn: int, row: Sequence[Any]) -> PayoutRow:
+    return PayoutRow(lsn, row[16] // 1000, *row)

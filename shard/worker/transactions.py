@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from oncepay.feed import EntryRow, LinkRow, PaymentRow
+from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow
 from shard.worker.pgoutput import Begin, Commit, Decoder, Insert, MalformedMessage, Message, Row, Update
 
 MESSAGE_PREFIX = "oncepay"
@@ -19,11 +19,16 @@ _PAYMENT_COLUMNS = (
 _MOMENTS = ("created_at", "updated_at", "expires_at")
 _ENTRY_COLUMNS = ("slot", "key", "entry_id", "kind", "currency", "source", "accounts", "amounts", "sellers", "created_at")
 _LINK_COLUMNS = ("slot", "key", "entry_id", "balance_transaction", "created_at")
+_PAYOUT_COLUMNS = (
+    "slot", "key", "seller", "currency", "sequence", "status", "version", "amount", "payee", "ref_code", "run", "created_by",
+)  # fmt: skip
 PAYMENTS, ENTRIES, LINKS = "oncepay.payments", "oncepay.entries", "oncepay.balance_links"
+PAYOUTS = "oncepay.payouts"
 WANTED = {
     PAYMENTS: frozenset((*_PAYMENT_COLUMNS, "terms", "progress", "open_work", "event", "actor", *_MOMENTS)),
     ENTRIES: frozenset(_ENTRY_COLUMNS),
     LINKS: frozenset(_LINK_COLUMNS),
+    PAYOUTS: frozenset((*_PAYOUT_COLUMNS, "positions", "progress", "open_work", "created_at", "updated_at")),
 }
 
 
@@ -37,11 +42,12 @@ class Transaction(msgspec.Struct):
     links: list[LinkRow]
     nonces: list[str]
     size_bytes: int
+    payouts: list[PayoutRow] = []
 
     @property
     def rows(self) -> int:
         """How many rows it changed."""
-        return len(self.payments) + len(self.entries) + len(self.links)
+        return len(self.payments) + len(self.entries) + len(self.links) + len(self.payouts)
 
 
 class Assembler:
@@ -50,7 +56,7 @@ class Assembler:
     def __init__(self) -> None:
         self._decoder = Decoder(WANTED)
         self._began: Begin | None = None
-        self._rows: dict[str, list[Row]] = {PAYMENTS: [], ENTRIES: [], LINKS: []}
+        self._rows: dict[str, list[Row]] = {PAYMENTS: [], ENTRIES: [], LINKS: [], PAYOUTS: []}
         self._nonces: list[str] = []
         self._size_bytes = 0
 
@@ -78,7 +84,7 @@ class Assembler:
         if self._began is not None:
             raise MalformedMessage("a transaction within a transaction")
         self._began = begin
-        self._rows = {PAYMENTS: [], ENTRIES: [], LINKS: []}
+        self._rows = {PAYMENTS: [], ENTRIES: [], LINKS: [], PAYOUTS: []}
         self._nonces = []
         self._size_bytes = ROW_BYTES
 
@@ -97,6 +103,7 @@ class Assembler:
                 [_link(lsn, at_ms, row) for row in rows[LINKS]],
                 self._nonces,
                 self._size_bytes,
+                [_payout(lsn, at_ms, row) for row in rows[PAYOUTS]],
             )
         except (KeyError, TypeError) as error:
             raise MalformedMessage(f"a row lacks a column that the feed needs: {error!r}") from error
@@ -116,3 +123,8 @@ def _entry(lsn: int, at_ms: int, row: dict[str, Any]) -> EntryRow:
 
 def _link(lsn: int, at_ms: int, row: dict[str, Any]) -> LinkRow:
     return LinkRow(lsn, at_ms, *(row[name] for name in _LINK_COLUMNS))
+
+
+def _payout(lsn: int, at_ms: int, row: dict[str, Any]) -> PayoutRow:
+    values = [lsn, at_ms, *(row[name] for name in _PAYOUT_COLUMNS), row.get("positions"), row.get("progress")]
+    return PayoutRow(*values, *(row[name] for name in ("open_work", "created_at", "updated_at")))

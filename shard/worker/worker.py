@@ -11,7 +11,9 @@ from oncepay.errors import ShardUnavailable, Unavailable
 from oncepay.logs import get_logger
 from oncepay.settings import Settings
 from oncepay.stripe_client import StripeGateway
+from oncepay.tipalti_client import TipaltiClient
 from shard.store.batch import Batcher, EpochOver
+from shard.store.payouts import PayoutStore
 from shard.store.store import Shards
 from shard.worker import metrics
 from shard.worker.bulk import Bulk
@@ -21,9 +23,12 @@ from shard.worker.feed import Feed
 from shard.worker.fill import fill
 from shard.worker.forward import Forwarder
 from shard.worker.lease import Seat
+from shard.worker.payout_cache import PayoutCache
+from shard.worker.payouts import PayoutDesk
 from shard.worker.pgoutput import MalformedMessage
 from shard.worker.poller import Poller
 from shard.worker.resnapshot import Resnapshot
+from shard.worker.transactions import Transaction
 
 RETRY_S = 0.5
 MEASURE_S = 1.0
@@ -37,12 +42,13 @@ class Worker:
     """The worker `name` of `shard`."""
 
     def __init__(
-        self, shard: str, name: str, settings: Settings, shards: Shards, stripe: StripeGateway, seat: Seat,
-        http: aiohttp.ClientSession,
+        self, shard: str, name: str, settings: Settings, shards: Shards, stripe: StripeGateway, tipalti: TipaltiClient,
+        seat: Seat, http: aiohttp.ClientSession,
     ) -> None:  # fmt: skip
         self.shard = shard
         self.name = name
         self.cache = PendingCache(settings.poll)
+        self.payouts = PayoutCache(settings.payouts)
         self.active = False
         self.filled = False
         self.feed: Feed | None = None
@@ -51,6 +57,7 @@ class Worker:
         self._settings = settings
         self._shards = shards
         self._stripe = stripe
+        self._tipalti = tipalti
         self._seat = seat
         self._http = http
 
@@ -81,12 +88,14 @@ class Worker:
         """Run all parts; returns never, raises a group when one ends. StandDown and EpochOver are the usual ways."""
         batcher = self._shards.batcher(self.shard)
         self.cache = PendingCache(self._settings.poll)
+        self.payouts = PayoutCache(self._settings.payouts)
         self.cache.begin_fill()
+        self.payouts.begin_fill()
         self.forwarder = Forwarder(self._http, self._settings, self.shard, epoch)
         self.feed = Feed(
             self.shard, self._shards.leaders, self._settings, self.name, epoch, batcher.barrier, batcher.barrier_lost,
             self.forwarder,
-            lambda transaction: self.cache.changed_all(transaction.payments),
+            self._changed,
         )  # fmt: skip
         self.resnapshot = Resnapshot(
             self.shard, self.name, epoch, self._settings, self._shards.leaders, self._shards.connect, self._http, self.feed,
@@ -101,6 +110,11 @@ class Worker:
             group.create_task(self.resnapshot.run(), name="resnapshot")
             group.create_task(self._measure(self.feed), name="measure")
 
+    def _changed(self, transaction: Transaction) -> None:
+        """A certain transaction, from the feed."""
+        self.cache.changed_all(transaction.payments)
+        self.payouts.changed_all(transaction.payouts)
+
     async def _until_lost(self) -> None:
         await self._seat.lost()
         raise StandDown("another worker has the seat")
@@ -109,16 +123,20 @@ class Worker:
         """Fill the cache, then poll from it."""
         while True:
             try:
-                await fill(self.cache, feed, self._shards.connect)
+                await fill(self.cache, self.payouts, feed, self._shards.connect)
                 break
             except ShardUnavailable as error:
                 _log.info("cache not filled", error=str(error))
                 self.cache.begin_fill()
+                self.payouts.begin_fill()
                 await asyncio.sleep(RETRY_S)
         self.filled = True
         bulk = Bulk(self._stripe, self.cache, self.shard, self._settings.poll.first_s)
         driver = Driver(self._shards, self._stripe)
-        await Poller(self.shard, self.cache, self._shards, driver, bulk, self._owns).run()
+        desk = PayoutDesk(self.shard, self.payouts, PayoutStore(self._shards, self.name), self._tipalti, self._owns)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(Poller(self.shard, self.cache, self._shards, driver, bulk, self._owns).run(), name="payments")
+            group.create_task(desk.run(), name="payouts")
 
     def _owns(self, slot: int) -> bool:
         """Whether the shard owns the slot, by the map as it is known here."""

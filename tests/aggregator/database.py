@@ -13,7 +13,10 @@ from aggregator.fold import fold
 from oncepay.feed import EntryRow
 from tests.aggregator.strategies import History
 
-TABLES = ("watermarks", "payments", "payment_history", "entries", "balance_links", "seller_days", "account_totals", "kind_totals")
+TABLES = (
+    *("watermarks", "payments", "payment_history", "entries", "balance_links", "seller_days", "account_totals", "kind_totals"),
+    "payouts",
+)
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 State = dict[str, Any]
 

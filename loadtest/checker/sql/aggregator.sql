@@ -26,3 +26,6 @@ select account, currency, sum(debit), sum(credit) from oncepay.account_totals gr
 
 -- name: kinds
 select kind, currency, sum(entries)::bigint, sum(amount) from oncepay.kind_totals group by 1, 2
+
+-- name: payouts
+select key, status, version, amount from oncepay.payouts

@@ -17,6 +17,11 @@ from oncepay.entries
 -- name: links
 select balance_transaction, key, entry_id from oncepay.balance_links
 
+-- name: payouts
+select slot, key, seller, currency, sequence, status, version, amount, ref_code, coalesce((progress ->> 'fee')::bigint, 0),
+       coalesce(progress ->> 'reference', ''), (extract(epoch from created_at) * 1000000)::bigint
+from oncepay.payouts
+
 -- name: counts
 -- Served by the partial index on what is open: cheap enough to ask again and again.
 select count(*) filter (where status not in ('succeeded', 'failed', 'canceled')) as open,
@@ -28,3 +33,7 @@ select count(*) filter (where status not in ('succeeded', 'failed', 'canceled'))
               or expires_at < now()) as driven
 from oncepay.payments
 where open_work
+
+-- name: payout_counts
+-- Payouts that the platform still has to tell Tipalti of.
+select count(*) from oncepay.payouts where open_work and status in ('created', 'submitting')
