@@ -13,6 +13,7 @@ import click
 
 from cli.common import handle_errors, home, output_option
 from oncepay.errors import OncepayError, Unavailable
+from oncepay.keys import SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -40,6 +41,16 @@ class Refused(OncepayError):
     slug = "refused"
 
 
+def _slots(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """`FIRST-LAST` as two numbers."""
+    if value is None:
+        return None
+    first, dash, last = value.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < SLOTS):
+        raise click.BadParameter(f"it is FIRST-LAST, two slots from 0 to {SLOTS - 1}, the smaller one first")
+    return int(first), int(last)
+
+
 @click.group(short_help="Take keys, and look after their pool.")
 def keys() -> None:
     """Take idempotency keys, and look after the pool that they come from.
@@ -53,18 +64,20 @@ def keys() -> None:
 
 @keys.command()
 @click.option("--count", type=click.IntRange(1, KEYS_A_REQUEST), default=1, show_default=True, help="How many.")
+@click.option("--slots", metavar="FIRST-LAST", callback=_slots, help="Only keys of these slots, 0 to 65535. By default all.")
 @url_option
 @key_option
 @output_option
 @handle_errors
-def issue(count: int, url: str | None, api_key_file: Path | None, output: str) -> None:
+def issue(count: int, slots: tuple[int, int] | None, url: str | None, api_key_file: Path | None, output: str) -> None:
     """Take keys, one a line.
 
     \b
     Example:
       oncepay keys issue --count 3
+      oncepay keys issue --count 3 --slots 0-16383
     """
-    answer = _call("POST", "/v1/keys", url, api_key_file, {"count": count})
+    answer = _call("POST", "/v1/keys", url, api_key_file, {"count": count} | ({"slots": slots} if slots else {}))
     click.echo(json.dumps(answer) if output == "json" else "\n".join(answer["keys"]))
 
 

@@ -129,9 +129,10 @@ class Oncepay:
         if self._session is not None:
             await self._session.close()
 
-    async def keys(self, count: int) -> list[str]:
-        """`count` fresh idempotency keys (1 to 10,000)."""
-        answer = await self._call("POST", f"{self._keygen}/v1/keys", {"count": count})
+    async def keys(self, count: int, slots: tuple[int, int] | None = None) -> list[str]:
+        """`count` fresh idempotency keys (1 to 10,000), with `slots` (first, last) of that range of slots only."""
+        body = {"count": count} if slots is None else {"count": count, "slots": slots}
+        answer = await self._call("POST", f"{self._keygen}/v1/keys", body)
         return msgspec.json.decode(answer.body, type=_Keys).keys
 
     async def new_key(self) -> str:

@@ -15,7 +15,7 @@ from cli.common import UNREACHABLE, WRONG
 from cli.keys import keys
 from keygen import upkeep
 from keygen.pool import FREE_BLOCKS
-from oncepay.keys import ISSUED_CHARACTERS, ISSUED_PREFIX
+from oncepay.keys import ISSUED_CHARACTERS, ISSUED_PREFIX, slot
 from tests.etcd_fixture import EtcdCluster, etcd_cluster, free_ports
 from tests.keygen.harness import Keygen
 
@@ -44,6 +44,20 @@ def test_issue_and_pool(keygen: Keygen) -> None:
     state = json.loads(run("pool", "--url", keygen.url, "--output", "json"))
     assert state["blocks_held"] == 1
     assert "1 held" in run("pool", "--url", keygen.url)
+
+
+@pytest.mark.cluster
+def test_keys_of_a_range_of_slots(keygen: Keygen) -> None:
+    lines = run("issue", "--count", "20", "--slots", "1000-20000", "--url", keygen.url).split()
+    assert len(set(lines)) == 20
+    assert all(1000 <= slot(key) <= 20000 for key in lines)
+
+
+@pytest.mark.parametrize("slots", ["", "5", "9-3", "0-65536", "a-b", "1-2-3"])
+def test_slots_that_can_t_be(slots: str) -> None:
+    result = CliRunner().invoke(keys, ["issue", "--slots", slots, "--url", "http://127.0.0.1:1"])
+    assert result.exit_code == 2
+    assert "FIRST-LAST" in result.output
 
 
 @pytest.mark.cluster
