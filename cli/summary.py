@@ -92,7 +92,7 @@ def _story(console: Console, result: dict[str, Any], tally: Tally) -> None:
         f"[bold]{tally.doubled:,}[/bold] purchases were submitted twice at once;"
         f" {tally.doubled_replayed:,} answers came from the first",
         f"[bold]{webhooks['lost']:,}[/bold] webhooks were lost and {webhooks['doubled']:,} doubled of {webhooks['sent']:,} sent;"
-        f" {by['webhook']:,} brought word before Stripe's own answer did, and polls brought {by['poll']:,} payments to their end",
+        f" {by['webhook']:,} brought the first word of an outcome, and polls brought {by['poll']:,} payments to their end",
         f"the stand-in for Stripe misbehaved: {asked}; {declined} of the cards are declined",
         f"items to sellers: {SELLER_RULE}",
         f"cluster ready after [bold]{result['startup_seconds']}[/bold] s, purchases settled in"

@@ -152,8 +152,9 @@ class StripeWebhooks:
         if event.type in _TERMINAL:
             view = msgspec.json.decode(event.data.object, type=IntentObject).view()
             if view.status == "canceled" or (view.status == "succeeded" and view.charge is not None):
-                await self._driver.see(payment, view, event.type)  # also when it is over: it may contradict, and then says so
-                return "applied"
+                # Also when it is over: the event may contradict the row, and then that is said.
+                after = await self._driver.see(payment, view, event.type)
+                return "known" if after.version == payment.version else "applied"
         if not payment.open_work:
             return "known"
         if head.object == "charge" and head.id in payment.progress.finished_charges:
