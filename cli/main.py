@@ -26,6 +26,7 @@ COMMANDS = {
     "apikeys": Entry("cli.apikeys", "apikeys", "Make and revoke API keys."),
     "shards": Entry("cli.shards", "shards", "Look after single shards."),
     "verify": Entry("cli.verify", "verify", "Check every promise from outside, row by row."),
+    "chaos": Entry("cli.chaos", "chaos", "Break something on purpose, and see that nothing is lost."),
     "demo": Entry("cli.demo", "demo", "Replay 6,919 real purchases on a cluster of its own, and verify."),
 }
 

@@ -8,6 +8,9 @@ of its lease. When the beat stops for the timeout, or when Patroni ends in whate
 is killed at once. Otherwise a leader without a Patroni could go on acknowledging commits after another was elected.
 
 A wrapper that comes after one that was killed first ends what that one left.
+
+A leader whose disk is nearly full gives way while its Postgres can still stop properly: Patroni doesn't see a full disk, and
+would let it lead on while no payment can be written.
 """
 
 from __future__ import annotations
@@ -28,6 +31,15 @@ STOP_S = 20.0
 LEFTOVER_STOP_S = 3.0
 """How long a leftover Patroni gets to hand its lease back before it is killed."""
 READ_BYTES = 4096
+DISK_LOOK_S = 1.0
+LEAVE_BELOW_BYTES = 64 * 1024 * 1024
+"""A leader with less room than this, four segments of log, gives way."""
+LEAVE_AGAIN_S = 600.0
+"""But not again so soon: where all disks are full, leading wouldn't go round and round."""
+GAVE_WAY_FILE = "gave-way"
+SMALL_DISK_FILE = "small-disk-mib"
+"""In the node's folder: the data lie on a memory disk of that many MiB, in a mount namespace. For trying a full disk."""
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 
 
 class Beat:
@@ -77,6 +89,7 @@ class Wrapper:
         self.beat = Beat(timeout_s)
         self.patroni = 0
         self.patroni_status: int | None = None
+        self.disk_look_s = 0.0
         self.stop_deadline_s: float | None = None
 
     def say(self, text: str) -> None:
@@ -133,6 +146,51 @@ class Wrapper:
                 return data
             data += part
 
+    def mount_small_disk(self) -> None:
+        """Hide the data behind an empty disk that only this node sees, and that is gone with it. Raises OSError."""
+        try:
+            with open(os.path.join(self.folder, SMALL_DISK_FILE), encoding="ascii") as file:
+                mib = int(file.read())
+        except FileNotFoundError:
+            return
+        os.makedirs(self.data_dir, mode=0o700, exist_ok=True)
+        owner = os.stat(self.folder)
+        libc = ctypes.CDLL(None, use_errno=True)
+        options = f"size={mib}m,mode=0700,uid={owner.st_uid},gid={owner.st_gid}".encode()
+        if (
+            libc.unshare(CLONE_NEWNS)
+            or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+            or libc.mount(b"tmpfs", self.data_dir.encode(), b"tmpfs", 0, options)
+        ):
+            raise OSError(ctypes.get_errno(), f"no small disk for {self.name}")
+        self.say(f"the data lie on a memory disk of {mib} MiB")
+
+    def is_to_give_way(self, now_s: float) -> bool:
+        """Whether this node leads, on a disk that is nearly full, and hasn't given way just before."""
+        if self.beat.deadline_s is None or now_s < self.disk_look_s:
+            return False
+        self.disk_look_s = now_s + DISK_LOOK_S
+        marker = os.path.join(self.folder, GAVE_WAY_FILE)
+        try:
+            disk = os.statvfs(self.data_dir)
+            if disk.f_bavail * disk.f_frsize >= LEAVE_BELOW_BYTES or time.time() - os.stat(marker).st_mtime < LEAVE_AGAIN_S:
+                return False
+            os.utime(marker)  # it was made when there was room
+        except OSError:
+            return False
+        return True
+
+    def make_marker(self) -> None:
+        """The file whose time tells when this node last gave way."""
+        path = os.path.join(self.folder, GAVE_WAY_FILE)
+        try:
+            if not os.path.exists(path):
+                with open(path, "xb"):
+                    pass
+                os.utime(path, (0, 0))
+        except OSError as error:
+            self.say(f"can't make {path}: {error}")
+
     def start(self) -> None:
         # A backend whose postmaster dies while its commit waits for a standby goes on to read commands from its standard input.
         # There it must find the end, and exit; else it holds the shared memory, and this node's Postgres never starts again.
@@ -160,6 +218,8 @@ class Wrapper:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.end_leftovers()
         pipe = self.open_pipe()
+        self.make_marker()
+        self.mount_small_disk()
         wakeup = self._signals()
         self.start()
         poller = select.poll()
@@ -181,6 +241,9 @@ class Wrapper:
                 self.say(f"not stopped within {STOP_S:g} s: killing Patroni and Postgres")
                 self.kill_all()
                 return 1
+            if self.stop_deadline_s is None and self.is_to_give_way(now_s):
+                self.say("the disk is nearly full: this leader gives way")
+                self._stop()
             for descriptor, _ in poller.poll(self._wait_ms(now_s)):
                 if descriptor == pipe:
                     self.beat.feed(self._read(pipe), time.monotonic())
@@ -208,8 +271,11 @@ class Wrapper:
         if signal.SIGHUP in numbers:
             os.kill(self.patroni, signal.SIGHUP)
         if (signal.SIGTERM in numbers or signal.SIGINT in numbers) and self.stop_deadline_s is None:
-            self.stop_deadline_s = time.monotonic() + STOP_S
-            os.kill(self.patroni, signal.SIGTERM)
+            self._stop()
+
+    def _stop(self) -> None:
+        self.stop_deadline_s = time.monotonic() + STOP_S
+        os.kill(self.patroni, signal.SIGTERM)
 
     def _patroni_ended(self) -> int:
         assert self.patroni_status is not None

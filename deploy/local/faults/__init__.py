@@ -1,0 +1,54 @@
+"""Faults on purpose on a running local cluster, by hand (`oncepay chaos`), in tests and in campaigns.
+
+from deploy.local.faults import FAULTS, Hands, inflict
+
+fault = FAULTS["kill-node"](Hands(cluster, "s0"))
+inflict(fault)      # breaks it, waits until another node leads, mends it, waits until all is whole
+"""
+
+from __future__ import annotations
+
+from deploy.local.faults.base import Fault, Moment, OnMoment, inflict
+from deploy.local.faults.disks import CorruptPage, FullDisk, TornLog
+from deploy.local.faults.hands import FaultFailed, Hands, View
+from deploy.local.faults.mend import mend
+from deploy.local.faults.nodes import (
+    FreezeNode,
+    FreezePatroni,
+    FreezePatroniSlowVoter,
+    FreezeStandbys,
+    FreezeStandbysKillLeader,
+    KillNode,
+    KillPatroni,
+    KillPostgres,
+    LoseStandby,
+    RestartEverything,
+    Switchover,
+)
+from deploy.local.faults.parts import KillAggregator, KillEtcd, KillEtcdMember, KillKeygen, KillRouter, KillWorker
+
+_KINDS: tuple[type[Fault], ...] = (
+    KillPostgres,
+    KillPatroni,
+    FreezePatroni,
+    FreezePatroniSlowVoter,
+    KillNode,
+    FreezeNode,
+    LoseStandby,
+    FreezeStandbys,
+    FreezeStandbysKillLeader,
+    Switchover,
+    KillEtcdMember,
+    KillEtcd,
+    FullDisk,
+    CorruptPage,
+    TornLog,
+    RestartEverything,
+    KillRouter,
+    KillWorker,
+    KillKeygen,
+    KillAggregator,
+)
+FAULTS: dict[str, type[Fault]] = {kind.name: kind for kind in _KINDS}
+
+__all__ = ["FAULTS", "Fault", "FaultFailed", "Hands", "Moment", "OnMoment", "View", "inflict", "mend"]
