@@ -79,6 +79,7 @@ def terminate(_number: int, _frame: FrameType | None) -> None:
 @click.option("--foreground", is_flag=True, help="Stay, and stop everything on Ctrl-C or SIGTERM.")
 @click.option("--stripe-key-file", type=FILE, help="Use the real Stripe account whose secret key is in this file.")
 @click.option("--stripe-webhook-secret-file", type=FILE, help="Its webhook signing secret, if webhooks reach this machine.")
+@click.option("--netns", is_flag=True, help="Give each node a network namespace of its own, so that it can be cut off (root).")
 @click.option("--only", hidden=True, help="Parts to start, separated by commas.")
 @click.option("--shards", hidden=True, help="The shards of a new cluster, separated by commas.")
 @output_option
@@ -87,6 +88,7 @@ def up(
     foreground: bool,
     stripe_key_file: Path | None,
     stripe_webhook_secret_file: Path | None,
+    netns: bool,
     only: str | None,
     shards: str | None,
     output: str,
@@ -110,7 +112,7 @@ def up(
         raise click.UsageError("--stripe-webhook-secret-file goes with --stripe-key-file")
     try:
         names = shards.split(",") if shards else DEFAULT_SHARDS
-        cluster = Cluster(home(), port_base(), names, only.split(",") if only else None)
+        cluster = Cluster(home(), port_base(), names, only.split(",") if only else None, netns=netns)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     signal.signal(signal.SIGTERM, terminate)

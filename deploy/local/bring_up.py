@@ -202,7 +202,7 @@ class BringUp:
         def put() -> None:
             gateway.put_if_absent(f"{prefix}/map", shard_map.render_map(shard_map.even_ranges(self.plan.shards)))
             for number, shard in enumerate(self.plan.shards):
-                record = shard_map.shard_record(self.plan.ports, number, shard)
+                record = shard_map.shard_record(self.plan.ports, number, shard, self.plan.node_hosts(shard))
                 gateway.put_if_absent(f"{prefix}/shards/{shard}", record)
             digest, api_key = secrets.api_key_record(self.plan.passwords.api_key)
             gateway.put_if_absent(f"{prefix}/apikeys/{digest}", msgspec.json.encode(api_key).decode())
@@ -255,12 +255,14 @@ class BringUp:
         def call() -> None:
             self._note_nodes(probe_all(program for program in self.programs if program.name in names))
             leader = self._leader_with_quorum(shard) or node_names(shard)[0]
-            on_leader(shard, self._superuser_dsn(self._node_port(shard, leader)), owned.get(shard, []))
+            on_leader(shard, self._node_dsn(shard, leader), owned.get(shard, []))
 
         self._try(call, f"node-{shard}-1")
 
-    def _node_port(self, shard: str, node: str) -> int:
-        return self.plan.ports.postgres(self.plan.shards.index(shard), node_names(shard).index(node))
+    def _node_dsn(self, shard: str, node: str) -> str:
+        shard_number, number = self.plan.shards.index(shard), node_names(shard).index(node)
+        host = self.plan.node_host(shard_number, number)
+        return self._superuser_dsn(self.plan.ports.postgres(shard_number, number), host)
 
     def _prepare_aggregator(self) -> None:
         port = self.plan.ports.aggregator_postgres
@@ -269,9 +271,9 @@ class BringUp:
         if on_aggregator is not None:
             self._try(lambda: on_aggregator(self._superuser_dsn(port)), "aggregator-db")
 
-    def _superuser_dsn(self, port: int) -> str:
+    def _superuser_dsn(self, port: int, host: str = "127.0.0.1") -> str:
         postgres = self.plan.settings.postgres
-        return secrets.postgres_dsn(postgres.superuser, postgres.superuser_password, port, postgres.database)
+        return secrets.postgres_dsn(postgres.superuser, postgres.superuser_password, port, postgres.database, host)
 
     def _prepare_routers(self) -> None:
         """Register the webhook, and start the routers, which read its secret."""
@@ -322,7 +324,7 @@ class BringUp:
     def _nodes_without_slot(self) -> list[str]:
         """The processes of the nodes that lack the feed's slot, or can't be asked."""
         names = [(shard, name) for shard in self.shards for name in node_names(shard)]
-        found = at_once(has_slot, [self._superuser_dsn(self._node_port(shard, name)) for shard, name in names])
+        found = at_once(has_slot, [self._node_dsn(shard, name) for shard, name in names])
         return [f"node-{name}" for (_, name), there in zip(names, found, strict=True) if not there]
 
     def _await_steadiness(self) -> None:

@@ -19,7 +19,8 @@ from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, WrongH
 from deploy.local.etcd import Gateway
 from deploy.local.layout import Layout, Memory
 from deploy.local.leftovers import Leftovers
-from deploy.local.parts import ALL_PARTS, Plan, default_parts
+from deploy.local.network import Network
+from deploy.local.parts import ALL_PARTS, Plan, default_parts, node_names
 from deploy.local.ports import DEFAULT_BASE, MAX_SHARDS, Ports, check_free
 from deploy.local.status import Status
 from deploy.local.supervisor import Supervisor, SupervisorAway
@@ -46,6 +47,8 @@ class Cluster:
         port_base: int | None = None,
         shards: Sequence[str] = DEFAULT_SHARDS,
         parts: Sequence[str] | None = None,
+        *,
+        netns: bool = False,
     ) -> None:
         if not 1 <= len(shards) <= MAX_SHARDS:
             raise ValueError(f"a local cluster has 1 to {MAX_SHARDS} shards, not {len(shards)}")
@@ -58,6 +61,7 @@ class Cluster:
         self._wanted_base = port_base
         self._wanted_shards = tuple(shards)
         self._wanted_parts = tuple(parts) if parts is not None else None
+        self._wanted_netns = netns
 
     @property
     def home(self) -> Path:
@@ -81,7 +85,19 @@ class Cluster:
             settings=secrets.make_settings(self.layout, ports, passwords, memory),
             passwords=passwords,
             os_user=os_user.OsUser(),
+            network=Network(memory.port_base) if memory.netns else None,
         )
+
+    @property
+    def network(self) -> Network | None:
+        """The network namespaces of the nodes, where they have any. Raises NotRunning when there never was a cluster."""
+        memory = self._memory()
+        return Network(memory.port_base) if memory.netns else None
+
+    def node_host(self, shard: str, node: str) -> str:
+        """The address of a node. Raises NotRunning when there never was a cluster."""
+        plan = self._plan(self._memory())
+        return plan.node_hosts(shard)[node_names(shard).index(node)]
 
     @property
     def settings(self) -> Settings:
@@ -140,6 +156,8 @@ class Cluster:
             self.layout.remember(memory)
             self._write(plan)
             try:
+                if plan.network is not None:
+                    plan.network.make(len(memory.shards))
                 self.layout.make_socket_folder()
                 supervisor.start(self.layout)
                 BringUp(plan, memory, hooks or Hooks(), on_progress or (lambda _: None), timeout_s).run()
@@ -175,6 +193,8 @@ class Cluster:
             self.layout.supervisor_config.write_text(config, encoding="utf-8")
             self.layout.remember(memory)
             try:
+                if plan.network is not None:
+                    plan.network.add(memory.shards.index(shard))
                 control.add_groups()
                 report = on_progress or (lambda _: None)
                 BringUp(plan, memory, hooks or Hooks(), report, timeout_s, added=shard).run()
@@ -213,11 +233,16 @@ class Cluster:
             if any(self.layout.nodes.glob("*/data")):
                 raise WrongHome(f"{self.layout.memory_file} is missing, though {self.layout.nodes} holds data")
             base = self._wanted_base if self._wanted_base is not None else DEFAULT_BASE
-            return Memory(base, self._wanted_shards, parts, (), key, webhook_secret)
+            return Memory(base, self._wanted_shards, parts, (), key, webhook_secret, self._wanted_netns)
         if self._wanted_base not in (None, known.port_base):
             raise WrongHome(
                 f"the cluster in {self.home} has the ports from {known.port_base} on, not from {self._wanted_base}: "
                 "its nodes know each other by them. Use another ONCEPAY_HOME, or `oncepay down --purge`"
+            )
+        if self._wanted_netns and not known.netns:
+            raise WrongHome(
+                f"the nodes of the cluster in {self.home} know each other by loopback addresses: --netns needs a new "
+                "ONCEPAY_HOME, or `oncepay down --purge`"
             )
         if key and key != known.stripe_key_file and known.made:
             raise WrongHome(
@@ -244,6 +269,7 @@ class Cluster:
         ended = leftovers.kill() if purge or pid is not None else leftovers.end()
         if not ended:
             raise ClusterError(f"these processes can't be ended: {leftovers.find()}")
+        self._remove_networks(below=purge)
         if purge:
             for below in self.home.glob("*/cluster.json"):
                 Layout(below.parent).clean_run()
@@ -251,6 +277,15 @@ class Cluster:
         else:
             self.layout.clean_run()
         return was_running
+
+    def _remove_networks(self, *, below: bool) -> None:
+        """Delete the nodes' namespaces, in which nothing runs any more."""
+        layouts = [self.layout, *(Layout(each.parent) for each in self.home.glob("*/cluster.json") if below)]
+        for layout in layouts:
+            with contextlib.suppress(WrongHome):
+                memory = layout.memory()
+                if memory is not None and memory.netns:
+                    Network(memory.port_base).remove()
 
     def _stop_supervisor(self, pid: int) -> None:
         """Ask it to stop all and end; kill it when it doesn't within the bound."""

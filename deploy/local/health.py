@@ -41,9 +41,9 @@ class Probe(NamedTuple):
     """What it found wrong."""
 
 
-def get_json(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> tuple[int, object]:
-    """Status and parsed body of a GET on the loopback address. Raises OSError or ValueError."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+def get_json(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S, host: str = "127.0.0.1") -> tuple[int, object]:
+    """Status and parsed body of a GET. Raises OSError or ValueError."""
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
@@ -80,10 +80,10 @@ def probe_postgres(port: int) -> Probe:
     return Probe(bool(answer) and STARTING_UP not in answer)
 
 
-def probe_patroni(port: int) -> Probe:
+def probe_patroni(port: int, host: str = "127.0.0.1") -> Probe:
     """Healthy means that Patroni answers and its Postgres runs, and streams when it is a standby."""
     try:
-        status, body = get_json(port, "/patroni")
+        status, body = get_json(port, "/patroni", host=host)
     except (OSError, ValueError) as error:
         return Probe(False, why=f"GET /patroni: {error!r}")
     if status != 200 or not isinstance(body, dict):
@@ -116,7 +116,7 @@ def node_state(body: dict[str, object]) -> NodeState:
 def probe(health: Health) -> Probe:
     """Do the check."""
     if health.kind == "patroni":
-        return probe_patroni(health.port)
+        return probe_patroni(health.port, health.host)
     if health.kind == "postgres":
         return probe_postgres(health.port)
     return probe_http(health.port, health.path)

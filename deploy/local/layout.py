@@ -25,6 +25,7 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `parts` are those of the last `up`. `made` names the shards whose first leader was seen with its database: what
     others hold can't be anybody's data. `stripe_key_file` is empty when the cluster talks to the stand-in.
+    With `netns` each node has a network namespace of its own.
     """
 
     port_base: int
@@ -33,6 +34,7 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     made: tuple[str, ...] = ()
     stripe_key_file: str = ""
     stripe_webhook_secret_file: str = ""
+    netns: bool = False
 
 
 @dataclass(frozen=True)

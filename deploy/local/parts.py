@@ -11,6 +11,7 @@ from typing import Literal
 
 from deploy import patroni, programs
 from deploy.local.layout import Layout
+from deploy.local.network import Network
 from deploy.local.ports import ETCD_MEMBERS, NODES_PER_SHARD, WORKERS_PER_SHARD, Port, Ports
 from deploy.local.secrets import Passwords
 from deploy.os_user import OsUser
@@ -47,6 +48,7 @@ class Health:
     kind: Literal["http", "patroni", "postgres"]
     port: int
     path: str = "/readyz"
+    host: str = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,15 @@ class Plan:
     settings: Settings
     passwords: Passwords
     os_user: OsUser
+    network: Network | None = None
+
+    def node_host(self, shard_number: int, number: int) -> str:
+        """The address of a node; shards and nodes are counted from zero."""
+        return self.network.address(shard_number, number) if self.network else "127.0.0.1"
+
+    def node_hosts(self, shard: str) -> list[str]:
+        """The addresses of a shard's nodes, in their order."""
+        return [self.node_host(self.shards.index(shard), number) for number in range(NODES_PER_SHARD)]
 
     @property
     def uses_stand_in(self) -> bool:
@@ -130,8 +141,9 @@ class Plan:
         for name, n in members.items():
             client, peer = self.ports.etcd_client(n), self.ports.etcd_peer(n)
             client_url, peer_url = f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}"
+            listen_urls = [client_url, f"http://{self.network.host}:{client}"] if self.network else [client_url]
             command = [binary, f"--name={name}", f"--data-dir={self.layout.etcd(name)}", "--log-level=warn"]
-            command += [f"--listen-client-urls={client_url}", f"--advertise-client-urls={client_url}"]
+            command += [f"--listen-client-urls={','.join(listen_urls)}", f"--advertise-client-urls={listen_urls[-1]}"]
             command += [f"--listen-peer-urls={peer_url}", f"--initial-advertise-peer-urls={peer_url}"]
             command += [f"--initial-cluster={initial}", f"--initial-cluster-token={self.ports.base}"]
             command += ["--initial-cluster-state=new", "--snapshot-count=10000", "--max-wals=3", "--max-snapshots=3"]
@@ -157,15 +169,16 @@ class Plan:
                 postgres, rest = self.ports.postgres(shard_number, number), self.ports.patroni(shard_number, number)
                 run_patroni = [*self.os_user.prefix, *programs.patroni_command(folder / "patroni.yml")]
                 wrapper = _light_python("deploy.node", str(folder), str(patroni.WATCHDOG_TIMEOUT_S))
+                enter = self.network.enter(shard_number, number) if self.network else []
                 name = f"node-{node}"
                 yield Program(
                     name=name,
                     part="nodes",
                     group="data",
-                    command=(*wrapper, *run_patroni),
+                    command=(*enter, *wrapper, *run_patroni),
                     port=postgres,
                     listens=(Port(postgres, f"{name}, Postgres"), Port(rest, f"{name}, Patroni")),
-                    health=Health("patroni", rest),
+                    health=Health("patroni", rest, host=self.node_host(shard_number, number)),
                     shard=shard,
                     directory=folder,
                     autostart="etcd" not in self.parts,
@@ -259,10 +272,14 @@ class Plan:
         """What goes into that node's Patroni configuration."""
         shard_number, number = self.shards.index(shard), node_names(shard).index(node)
         folder = self.layout.node(node)
+        client_ports = [endpoint.rpartition(":")[2] for endpoint in self.settings.etcd.endpoints]
+        etcd_hosts = (
+            tuple(f"{self.network.host}:{port}" for port in client_ports) if self.network else self.settings.etcd.endpoints
+        )
         return patroni.Node(
             name=node,
             scope=shard,
-            host="127.0.0.1",
+            host=self.node_host(shard_number, number),
             postgres_port=self.ports.postgres(shard_number, number),
             rest_port=self.ports.patroni(shard_number, number),
             data_dir=folder / "data",
@@ -272,9 +289,10 @@ class Plan:
             superuser=patroni.Credential(self.settings.postgres.superuser, self.passwords.superuser),
             replication=patroni.Credential("oncepay_replication", self.passwords.replication),
             rest=patroni.Credential("oncepay", self.passwords.patroni_rest),
-            etcd_hosts=self.settings.etcd.endpoints,
+            etcd_hosts=etcd_hosts,
             namespace=f"{self.settings.etcd.prefix}/patroni/",
             database=self.settings.postgres.database,
+            client_network=self.network.subnet if self.network else "127.0.0.1/32",
         )
 
 

@@ -92,8 +92,8 @@ def stripe_settings(layout: Layout, ports: Ports, passwords: Passwords, memory: 
     )
 
 
-def postgres_dsn(user: str, password: str, port: int, database: str) -> str:
-    return f"postgresql://{user}:{password}@127.0.0.1:{port}/{database}"
+def postgres_dsn(user: str, password: str, port: int, database: str, host: str = "127.0.0.1") -> str:
+    return f"postgresql://{user}:{password}@{host}:{port}/{database}"
 
 
 def make_settings(layout: Layout, ports: Ports, passwords: Passwords, memory: Memory) -> Settings:

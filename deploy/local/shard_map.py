@@ -43,7 +43,8 @@ def parse_map(text: str) -> dict[str, list[Range]]:
     return ranges
 
 
-def shard_record(ports: Ports, number: int, shard: str) -> str:
-    """What etcd keeps of a shard: where its nodes listen."""
-    nodes = [{"name": node, "host": "127.0.0.1", "port": ports.postgres(number, n)} for n, node in enumerate(node_names(shard))]
+def shard_record(ports: Ports, number: int, shard: str, hosts: Sequence[str]) -> str:
+    """What etcd keeps of a shard: where its nodes listen, at `hosts` in the order of the nodes."""
+    named = enumerate(zip(node_names(shard), hosts, strict=True))
+    nodes = [{"name": node, "host": host, "port": ports.postgres(number, n)} for n, (node, host) in named]
     return json.dumps({"name": shard, "scope": shard, "nodes": nodes})

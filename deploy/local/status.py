@@ -33,6 +33,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     port: int
     role: str
     lag_bytes: int | None
+    host: str = "127.0.0.1"
 
 
 class ShardStatus(msgspec.Struct, frozen=True):
@@ -118,13 +119,15 @@ def _shard(
                 port=plan.ports.postgres(number, n),
                 role=state.role if state else "unknown",
                 lag_bytes=lag,
+                host=plan.node_host(number, n),
             )
         )
     postgres = plan.settings.postgres
     dsn = None
     if leader is not None:
-        port = plan.ports.postgres(number, names.index(leader))
-        dsn = secrets.postgres_dsn("oncepay_reader", postgres.reader_password, port, postgres.database)
+        n = names.index(leader)
+        port, host = plan.ports.postgres(number, n), plan.node_host(number, n)
+        dsn = secrets.postgres_dsn("oncepay_reader", postgres.reader_password, port, postgres.database, host)
     return ShardStatus(name=shard, ranges=ranges, leader=leader, nodes=nodes, dsn=dsn)
 
 

@@ -34,7 +34,7 @@ class Running(NamedTuple):
 
     @property
     def status(self) -> dict[str, Any]:
-        return _oncepay(self.environment, "status")[1]
+        return oncepay(self.environment, "status")[1]
 
     @property
     def settings(self) -> Settings:
@@ -56,7 +56,8 @@ class Running(NamedTuple):
         return found
 
 
-def _oncepay(environment: dict[str, str], *arguments: str) -> tuple[int, dict[str, Any]]:
+def oncepay(environment: dict[str, str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Run an `oncepay` command: its exit code and its object. Raises Failed."""
     command = [sys.executable, "-m", "cli", *arguments, "--output", "json"]
     done = subprocess.run(command, capture_output=True, env=environment, text=True, check=False)
     try:
@@ -77,19 +78,19 @@ def cluster(name: str, *options: str, attached: Path | None = None) -> Iterator[
         return
     home = Path(os.environ.get("ONCEPAY_HOME") or ".oncepay").resolve() / name
     environment = {**os.environ, "ONCEPAY_HOME": str(home)}
-    _oncepay(environment, "down", "--purge")
+    oncepay(environment, "down", "--purge")
     first = int(os.environ.get("ONCEPAY_PORT_BASE") or DEFAULT_BASE)
     try:
         for base in range(first, first + BASES * SPAN, SPAN):
             environment["ONCEPAY_PORT_BASE"] = str(base)
-            code, status = _oncepay(environment, "up", *options)
+            code, status = oncepay(environment, "up", *options)
             if status.get("error", {}).get("type") != "local-cluster-port-taken":
                 break
         if code:
             raise Failed(f"the cluster didn't come up: {status}")
         yield Running(home, environment)
     finally:
-        _oncepay(environment, "down", "--purge")
+        oncepay(environment, "down", "--purge")
 
 
 def payment_requests(keys: Sequence[str], api_key: str, *, wait_s: float, first: int = 0) -> list[bytes]:

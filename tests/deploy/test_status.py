@@ -106,6 +106,6 @@ def test_what_is_no_map_is_refused(text: str) -> None:
 
 
 def test_a_shards_record() -> None:
-    record = json.loads(shard_map.shard_record(Ports(9000), 1, "s1"))
+    record = json.loads(shard_map.shard_record(Ports(9000), 1, "s1", ["127.0.0.1"] * 3))
     assert record["scope"] == "s1"
     assert record["nodes"][2] == {"name": "s1-3", "host": "127.0.0.1", "port": 9038}

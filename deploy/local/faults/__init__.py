@@ -9,6 +9,7 @@ inflict(fault)      # breaks it, waits until another node leads, mends it, waits
 from __future__ import annotations
 
 from deploy.local.faults.base import Fault, Moment, OnMoment, inflict
+from deploy.local.faults.cuts import CutLeader, CutLeaderIn, CutLeaderOut
 from deploy.local.faults.disks import CorruptPage, FullDisk, TornLog
 from deploy.local.faults.hands import FaultFailed, Hands, View
 from deploy.local.faults.mend import mend
@@ -38,6 +39,9 @@ _KINDS: tuple[type[Fault], ...] = (
     FreezeStandbys,
     FreezeStandbysKillLeader,
     Switchover,
+    CutLeader,
+    CutLeaderOut,
+    CutLeaderIn,
     KillEtcdMember,
     KillEtcd,
     FullDisk,

@@ -16,7 +16,8 @@ import psutil
 from deploy.local.cluster import Cluster, Hooks
 from deploy.local.errors import ClusterError
 from deploy.local.etcd import EtcdAway, Gateway
-from deploy.local.health import NodeState, at_once, probe_patroni
+from deploy.local.health import NodeState, Probe, at_once, probe_patroni
+from deploy.local.network import Network, Way
 from deploy.local.parts import node_names
 
 LOOK_S = 0.1
@@ -66,6 +67,7 @@ class Hands:
         self.names = node_names(shard)
         self._settings = cluster.settings
         self._ports = cluster.ports
+        self._hosts = [cluster.node_host(shard, name) for name in self.names]
         self._prefix = f"{self._settings.etcd.prefix}/patroni/{shard}"
 
     # Looking
@@ -83,9 +85,16 @@ class Hands:
             text = gateway.get(f"{self._prefix}/sync")
             standbys = json.loads(text).get("sync_standby") if text else None
             voters = tuple(standbys.split(",")) if standbys else ()
-        ports = [self._ports.patroni(self._number, number) for number in range(len(self.names))]
-        found = dict(zip(self.names, at_once(probe_patroni, ports), strict=True))
+        found = dict(zip(self.names, at_once(self._probe, self.names), strict=True))
         return View(leader, voters, {name: probe.node for name, probe in found.items() if probe.node is not None})
+
+    def _probe(self, node: str) -> Probe:
+        number = self.names.index(node)
+        return probe_patroni(self._ports.patroni(self._number, number), self.host(node))
+
+    def host(self, node: str) -> str:
+        """The node's address."""
+        return self._hosts[self.names.index(node)]
 
     def leader(self, within_s: float = LEADER_S) -> str:
         """The leader, as soon as etcd names one. Raises FaultFailed."""
@@ -104,7 +113,7 @@ class Hands:
         with contextlib.suppress(EtcdAway):
             now = self.leader_in_etcd()
             if now not in (None, than):
-                probe = probe_patroni(self._ports.patroni(self._number, self.names.index(str(now))))
+                probe = self._probe(str(now))
                 return probe.node is not None and probe.node.role == "primary" and probe.node.running
         return False
 
@@ -124,6 +133,20 @@ class Hands:
             if time.monotonic() > deadline_s:
                 raise FaultFailed(f"after {within_s:g} s still not: {what}")
             time.sleep(look_s)
+
+    def cut(self, node: str, way: Way) -> None:
+        """Cut the node's network. Raises FaultFailed where nodes have none of their own."""
+        self._network().cut(self._number, self.names.index(node), way)
+
+    def join(self, node: str) -> None:
+        """Take back every cut of the node's network."""
+        self._network().join(self._number, self.names.index(node))
+
+    def _network(self) -> Network:
+        network = self.cluster.network
+        if network is None:
+            raise FaultFailed("nodes can be cut off only where each has a network namespace: start with `oncepay up --netns`")
+        return network
 
     # Processes
 
@@ -195,7 +218,7 @@ class Hands:
         credential = self.cluster.patroni_rest_credential()
         token = b64encode(f"{credential.username}:{credential.password}".encode()).decode()
         port = self._ports.patroni(self._number, self.names.index(node))
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection(self.host(node), port, timeout=60)
         try:
             headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json"}
             connection.request(method, path, json.dumps(body or {}), headers)
@@ -212,7 +235,7 @@ class Hands:
 
         postgres = self._settings.postgres
         connection = psycopg2.connect(
-            host="127.0.0.1",
+            host=self.host(node),
             port=self._ports.postgres(self._number, self.names.index(node)),
             user=postgres.superuser,
             password=postgres.superuser_password,

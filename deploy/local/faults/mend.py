@@ -8,6 +8,7 @@ from typing import TypedDict
 import psutil
 
 from deploy.local.cluster import Cluster
+from deploy.local.ports import NODES_PER_SHARD
 from deploy.node import SMALL_DISK_FILE
 
 
@@ -19,13 +20,21 @@ class Mended(TypedDict):
 
 
 def mend(cluster: Cluster) -> Mended:
-    """Thaw, start, and forget small disks (a node's own data come back when it is next started). Raises NotRunning."""
+    """Thaw, start, join networks that were cut, and forget small disks: a node's own data come back when it is next started.
+
+    Raises NotRunning.
+    """
     thawed = 0
     for pid in cluster.pids():
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             thawed += process.status() == psutil.STATUS_STOPPED
             process.resume()
+    memory, network = cluster.layout.memory(), cluster.network
+    if memory is not None and network is not None:
+        for shard in range(len(memory.shards)):
+            for node in range(NODES_PER_SHARD):
+                network.join(shard, node)
     for marker in cluster.layout.nodes.glob(f"*/{SMALL_DISK_FILE}"):
         marker.unlink()
     supervisor = cluster.supervisor()
