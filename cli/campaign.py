@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from cli.demo import set_faults
 from cli.up import hooks
 from cli.verify import verify_cluster
 from deploy.local import ClusterError
-from deploy.local.faults import FAULTS, Fault, Hands, inflict
+from deploy.local.faults import FAULTS, Hands, inflict
 from loadtest.recorder import Recorder, all_ranges
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ PAYMENTS_BETWEEN = 100
 BESIDE = ("kill-router", "kill-worker", "kill-keygen", "kill-aggregator")
 """What may be killed while another fault lasts."""
 BESIDE_CHANCE = 0.4
-BESIDE_AFTER_S = 4.0
+BESIDE_AFTER_S = 2.0
 VERIFY_WAIT_S = 120.0
 STEADY_S = 120.0
 
@@ -49,6 +50,28 @@ class Inflicted(msgspec.Struct):
     failed: str = ""
 
 
+class Deck:
+    """Which fault comes next, on which shard, and what is killed beside it. The same seed gives the same course.
+
+    Every kind comes once, in an order by the seed, before any comes again.
+    """
+
+    def __init__(self, kinds: Sequence[str], shards: Sequence[str], seed: int) -> None:
+        self._kinds = list(kinds)
+        self._shards = list(shards)
+        self._chance = random.Random(seed)
+        self._left: list[str] = []
+
+    def draw(self) -> tuple[str, str, str]:
+        """Fault, shard, and the fault beside it or an empty string."""
+        if not self._left:
+            self._left = list(self._kinds)
+            self._chance.shuffle(self._left)
+        kind, shard = self._left.pop(), self._chance.choice(self._shards)
+        has_another = self._chance.random() < BESIDE_CHANCE and kind not in (*BESIDE, "restart-everything")
+        return kind, shard, self._chance.choice(BESIDE) if has_another else ""
+
+
 class Campaign:
     """On a running cluster, for `minutes`. The same seed gives the same order of faults on the same shards."""
 
@@ -57,8 +80,6 @@ class Campaign:
         self._minutes = minutes
         self._seed = seed
         self._console = console
-        self._chance = random.Random(seed)
-        self._deck: list[str] = []
         self._inflicted: list[Inflicted] = []
         self._violations: list[str] = []
         started = dt.datetime.now(dt.UTC)
@@ -76,11 +97,12 @@ class Campaign:
         ranges = all_ranges(shard.ranges for shard in status.shards)
         async with Recorder(status.urls["router"], status.api_key, ranges, history=history) as recorder:
             recorder.note("campaign", seed=self._seed, minutes=self._minutes)
-            shards = [shard.name for shard in status.shards]
+            possible = [name for name, kind in FAULTS.items() if kind.is_possible(self._cluster)]
+            deck = Deck(possible, [shard.name for shard in status.shards], self._seed)
             while not self._inflicted or time.monotonic() - began_s < 60 * self._minutes:
                 await asyncio.to_thread(set_faults, status, self._seed)  # also after a restart of everything
                 await recorder.more(PAYMENTS_BETWEEN, within_s=STEADY_S)
-                await self._one(recorder, self._draw(), self._chance.choice(shards), began_s)
+                await self._one(recorder, *deck.draw(), began_s)
                 if self._inflicted[-1].failed:
                     break
             await recorder.more(PAYMENTS_BETWEEN, within_s=STEADY_S)
@@ -98,29 +120,20 @@ class Campaign:
         await asyncio.to_thread(hands.until, lambda: self._cluster.status().healthy, "everything does its work", STEADY_S, 0.5)
         return await asyncio.to_thread(self._cluster.status)
 
-    def _draw(self) -> type[Fault]:
-        """Every kind once, in an order by the seed, before any comes again."""
-        if not self._deck:
-            self._deck = [name for name, kind in FAULTS.items() if kind.is_possible(self._cluster)]
-            self._chance.shuffle(self._deck)
-        return FAULTS[self._deck.pop()]
-
-    async def _one(self, recorder: Recorder, kind: type[Fault], shard: str, began_s: float) -> None:
-        beside = ""
-        if kind.name not in (*BESIDE, "restart-everything") and self._chance.random() < BESIDE_CHANCE:
-            beside = self._chance.choice(BESIDE)
-        found = Inflicted(kind.name, shard, beside, at_s=round(time.monotonic() - began_s, 1))
+    async def _one(self, recorder: Recorder, name: str, shard: str, beside: str, began_s: float) -> None:
+        kind = FAULTS[name]
+        found = Inflicted(name, shard, beside, at_s=round(time.monotonic() - began_s, 1))
         self._inflicted.append(found)
         fault = kind(Hands(self._cluster, shard, hooks(self._cluster)))
-        recorder.note("fault", kind=kind.name, shard=shard, beside=beside)
-        calls = [asyncio.to_thread(inflict, fault, on_moment=lambda moment: recorder.note(moment.what, kind=kind.name))]
+        recorder.note("fault", kind=name, shard=shard, beside=beside)
+        calls = [asyncio.to_thread(inflict, fault, on_moment=lambda moment: recorder.note(moment.what, kind=name))]
         if beside:
             calls.append(self._beside(beside, shard))
         first_s = time.monotonic()
         results = await asyncio.gather(*calls, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         found.failed = "; ".join(map(str, errors))
-        self._violations += [f"{kind.name} on {shard}: {error}" for error in errors]
+        self._violations += [f"{name} on {shard}: {error}" for error in errors]
         begun_s = results[0]["begun"] if isinstance(results[0], dict) else first_s
         found.target = fault.target
         found.whole_after_s = round(time.monotonic() - begun_s, 1)
@@ -129,13 +142,13 @@ class Campaign:
         found.refused = recorder.refused(begun_s)
         mark = f"[red]✗ {found.failed}[/red]" if found.failed else "[green]✓[/green]"
         self._console.print(
-            f"{found.at_s:6.0f} s  {kind.name:<28} {shard}  {beside:<16} gap {found.gap_s:5.1f} s"
+            f"{found.at_s:6.0f} s  {name:<28} {shard}  {beside:<16} gap {found.gap_s:5.1f} s"
             f"  slowest {found.slowest_s:5.1f} s  {len(recorder.told):,} payments {mark}"
         )
 
     async def _beside(self, name: str, shard: str) -> dict[str, float]:
         """A process is killed too, in the midst of the other fault."""
-        await asyncio.sleep(self._chance.uniform(0, BESIDE_AFTER_S))
+        await asyncio.sleep(BESIDE_AFTER_S)
         fault = FAULTS[name](Hands(self._cluster, shard))
         try:
             await asyncio.to_thread(fault.begin)
