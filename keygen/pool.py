@@ -179,7 +179,8 @@ class Pool:
                     continue
                 self._wake.clear()
                 try:
-                    await asyncio.wait_for(self._wake.wait(), TICK_S)
+                    async with asyncio.timeout(TICK_S):
+                        await self._wake.wait()
                 except TimeoutError:
                     pass
         finally:

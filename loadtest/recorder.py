@@ -107,7 +107,11 @@ class Recorder:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        await self.stop()
+        if kind is None:
+            await self.stop()
+        for task in self._tasks:
+            task.cancel()  # whoever still waits for an answer waits for a platform that failed
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.close()
 
     async def stop(self) -> None:

@@ -72,7 +72,8 @@ class Lease:
         pause_s = self.ttl_s / 3
         while not self.lost.is_set():
             try:
-                await asyncio.wait_for(self.lost.wait(), min(pause_s, self.remaining_s))
+                async with asyncio.timeout(min(pause_s, self.remaining_s)):
+                    await self.lost.wait()
                 return
             except TimeoutError:
                 pass

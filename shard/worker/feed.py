@@ -219,7 +219,8 @@ class Feed:
         self._after_change()
         while True:
             try:
-                await asyncio.wait_for(self._wanted.wait(), IDLE_BARRIER_S)
+                async with asyncio.timeout(IDLE_BARRIER_S):  # wait_for can lose a cancel that comes when it is done
+                    await self._wanted.wait()
             except TimeoutError:
                 grown = stream.connection.server_lsn - max(self._sieve.certain_lsn, stream.start_lsn)
                 if not self._sieve.foreign and grown < IDLE_LOG_BYTES:
@@ -263,7 +264,8 @@ class Feed:
         while self._sieve.waits:
             self._free.clear()
             try:
-                await asyncio.wait_for(self._free.wait(), SEEN_S)
+                async with asyncio.timeout(SEEN_S):
+                    await self._free.wait()
             except TimeoutError:
                 if self._sieve.waits and time.monotonic() - self._read_at > SEEN_S and self._forwarder.has_space:
                     self._sieve.failed(nonce)

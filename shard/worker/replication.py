@@ -123,7 +123,8 @@ class ReplicationConnection(asyncio.Protocol):
         text = sql.encode() + b"\0"
         self._transport.write(_HEAD.pack(ord("Q"), 4 + len(text)) + text)
         try:
-            return await asyncio.wait_for(self._answer, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self._answer
         except TimeoutError:
             self.close()
             raise ReplicationClosed(f"no answer in {timeout_s:.0f} s") from None
@@ -139,7 +140,8 @@ class ReplicationConnection(asyncio.Protocol):
             self._check()
             self._arrived.clear()
             try:
-                await asyncio.wait_for(self._arrived.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._arrived.wait()
             except TimeoutError:
                 return []
             if not self._waiting:

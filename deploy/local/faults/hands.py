@@ -19,6 +19,7 @@ from deploy.local.etcd import EtcdAway, Gateway
 from deploy.local.health import NodeState, Probe, at_once, probe_patroni
 from deploy.local.network import Network, Way
 from deploy.local.parts import node_names
+from deploy.patroni import FEED_SLOT
 
 LOOK_S = 0.1
 LEADER_S = 40.0
@@ -123,8 +124,19 @@ class Hands:
         return [name for name in self.names if name != leader]
 
     def is_whole(self) -> bool:
-        """Whether this shard is whole, and every process of the cluster does its work."""
-        return self.view().is_whole(self.names) and self.cluster.status().healthy
+        """Whether this shard is whole, every process of the cluster does its work, and the feed is read."""
+        view = self.view()
+        return view.is_whole(self.names) and self.cluster.status().healthy and self._feeds(str(view.leader))
+
+    def _feeds(self, leader: str) -> bool:
+        """Whether the worker reads the leader's slot, where there is a worker."""
+        import psycopg2
+
+        if not any(each.startswith(f"worker-{self.shard}") for each in self.cluster.supervisor().states()):
+            return True
+        with contextlib.suppress(psycopg2.Error):
+            return bool(self.query(leader, "select from pg_replication_slots where slot_name = %s and active", FEED_SLOT))
+        return False
 
     def until(self, check: Callable[[], bool], what: str, within_s: float, look_s: float = LOOK_S) -> None:
         """Return when `check` holds; nobody tells of it. Raises FaultFailed."""

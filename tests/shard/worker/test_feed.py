@@ -303,3 +303,32 @@ async def test_how_far_behind_at_200_payments_a_second(shard: ShardDatabase, agg
         p99_s = behind_s[int(len(behind_s) * 0.99)]
         print(f"behind: p50 {behind_s[len(behind_s) // 2]:.3f} s, p99 {p99_s:.3f} s, barriers {shard.barriers}")
         assert p99_s < 0.5
+
+
+async def test_barriers_end_when_they_are_canceled_in_the_moment_in_which_one_is_wanted(
+    shard: ShardDatabase, aggregator: RunningAggregator
+) -> None:
+    """A connection's end and a new row often come together. A cancel that gets lost there leaves the feed standing for ever."""
+    async with running_feed(shard, aggregator.settings) as running:
+        await shard.accept("a")
+        await aggregator.holds("a")
+        feed = running.feed
+
+        def barriers() -> asyncio.Task[None]:
+            return next(task for task in asyncio.all_tasks() if task.get_name() == "feed-barriers")
+
+        before = barriers()
+        for steps in range(4):  # the wake-up takes one or two rounds of the loop: the cancel hits each
+            await eventually(lambda: not feed._wanted.is_set() and not feed._sieve.waits, "the feed is idle")
+            before = barriers()
+            stream = feed._stream
+            assert stream is not None
+            feed._wanted.set()
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            before.cancel()
+            stream.connection.close()
+            await eventually(before.done, "the barriers have ended")
+            await eventually(lambda: feed._stream not in (None, stream), "the feed reads again")
+        await shard.accept("b")
+        await aggregator.holds("a", "b")
