@@ -109,8 +109,25 @@ class KillAggregator(_KillProcess):
 
 class KillWorker(_KillProcess):
     name = "kill-worker"
-    prefix = "worker-"
-    does = "kills the shard's worker: the feed and the polls stand still until one is active again"
+    does = "kills the shard's active worker: the feed and the polls stand still until another one is active"
 
     def prefix_of(self, hands: Hands) -> str:
-        return f"worker-{hands.shard}-"
+        """The active worker's whole name; any worker's when none says that it is active."""
+        own = f"worker-{hands.shard}-"
+        active = f'oncepay_worker_active{{shard="{hands.shard}"}} 1'
+        for process in hands.cluster.status().processes:
+            if process.name.startswith(own) and process.port and active in _metrics(process.port):
+                return process.name
+        return own
+
+
+def _metrics(port: int) -> str:
+    """A process's metrics as text; empty when it doesn't answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        connection.close()
