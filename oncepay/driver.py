@@ -32,6 +32,9 @@ ROUNDS_MAX = 3
 ATTEMPTS_MAX = 5
 """Attempts that an error stored by Stripe may cost before the payment is declined for it."""
 FIND_PAGES_MAX = 20
+NOT_THERE = "resource_missing"
+"""Stripe's code for an object that the account doesn't have."""
+ACCOUNT_SPAN_S = 30 * 86_400
 KEY_SURE_S = 3600
 """Stripe forgets idempotency keys after a day: a confirm that may be older than this is looked for before it is sent."""
 
@@ -121,15 +124,24 @@ class Driver:
             payment = await self._store.get(key)
             if payment is None:
                 return None
-            if payment.intent and payment.open_work:
-                if payment.status is not Status.SUCCEEDED or payment.progress.stripe_fee < 0:
-                    payment = await self._look(payment, "poll")
-                if payment.status is Status.SUCCEEDED:
-                    payment = await self._aftercare.look(payment, "poll")
             expired = payment.expires_at_ms <= (now_ms if now_ms is not None else time.time_ns() // 1_000_000)
+            if payment.intent and payment.open_work:
+                try:
+                    payment = await self._look_on(payment)
+                except StripeRefused as refused:
+                    if not expired or refused.code != NOT_THERE:
+                        raise  # an intent that isn't there may only be given up, once its time is over
             if expired and not payment.terminal and payment.status not in {Status.PROCESSING, Status.REQUIRES_CAPTURE}:
                 payment = await self._command(payment, GiveUp("expired"), event="expired")
             return await self._drive(payment)
+
+    async def _look_on(self, payment: Payment) -> Payment:
+        """Look at whatever of the payment is open."""
+        if payment.status is not Status.SUCCEEDED or payment.progress.stripe_fee < 0:
+            payment = await self._look(payment, "poll")
+        if payment.status is Status.SUCCEEDED:
+            payment = await self._aftercare.look(payment, "poll")
+        return payment
 
     async def look(self, key: str, reason: str) -> Payment | None:
         """Retrieve the payment's intent and apply what it shows, then take what steps follow. None without a row."""
@@ -358,6 +370,8 @@ class Driver:
                 view = await self._stripe.cancel(payment.intent, step_key(payment.key, nonce), payment.terms.api_version)
                 return await self.see(payment, view, "canceled at Stripe")
             except StripeRefused as refused:
+                if refused.code == NOT_THERE and await self._is_gone(payment):
+                    return await self.see(payment, IntentView(payment.intent, "canceled"), "not at Stripe")
                 looked = await self._look(payment, "look after a refused cancel")
                 if looked is payment:
                     _log.info("cancel waits", key=payment.key, code=refused.code)
@@ -367,6 +381,11 @@ class Driver:
                     return await self._look(payment, "look after an unknown cancel")
                 await _pause(round_)
         return payment
+
+    async def _is_gone(self, payment: Payment) -> bool:
+        """Whether the account that is asked has intents of ours from those days: else it is another one, and knows nothing."""
+        page = await self._stripe.intents(created_gte=payment.created_at_ms // 1000 - ACCOUNT_SPAN_S)
+        return any(item.id != payment.intent and item.view().key for item in page.data)
 
 
 async def _pause(round_: int) -> None:

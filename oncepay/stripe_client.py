@@ -11,7 +11,7 @@ import asyncio
 import functools
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import TypeVar
 
@@ -160,9 +160,14 @@ class StripeGateway:
             query["starting_after"] = starting_after
         return _decoded(await self._call("list", "get", "/v1/payment_intents", query, {}), IntentList)
 
-    async def events(self, *, created_gte: int, starting_after: str = "", ending_before: str = "") -> EventList:
-        """One page (at most 100, newest first) of the account's events."""
-        query: dict[str, object] = {"limit": PAGE_MAX, "created": {"gte": created_gte}}
+    async def events(
+        self, *, types: Collection[str], created_gte: int, starting_after: str = "", ending_before: str = ""
+    ) -> EventList:
+        """One page (at most 100, newest first) of the account's events of these types (at most 20).
+
+        With `ending_before` it is the page next to that event, not the newest one.
+        """
+        query: dict[str, object] = {"limit": PAGE_MAX, "created": {"gte": created_gte}, "types": sorted(types)}
         query |= {"starting_after": starting_after} if starting_after else {}
         query |= {"ending_before": ending_before} if ending_before else {}
         return _decoded(await self._call("list", "get", "/v1/events", query, {}), EventList)

@@ -5,6 +5,8 @@ An object that may be expanded is either its id or the object.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import msgspec
 
 from oncepay.payment import BalanceTransaction, Charge, DisputeView, Failure, IntentView, RefundStatus, RefundView
@@ -106,12 +108,16 @@ class IntentList(msgspec.Struct):
     has_more: bool = False
 
 
+STATUSES: dict[str, RefundStatus] = {status: status for status in get_args(RefundStatus) if status != "requested"}
+"""Of refunds at Stripe; `requested` is a status of our own."""
+
+
 class RefundObject(msgspec.Struct):
     """A refund."""
 
     id: str
     amount: int = 0
-    status: RefundStatus = "pending"
+    status: str = "pending"
     created: int = 0
     reason: str | None = None
     failure_reason: str | None = None
@@ -120,11 +126,14 @@ class RefundObject(msgspec.Struct):
     failure_balance_transaction: str | BalanceTransactionObject | None = None
 
     def view(self) -> RefundView:
-        """What the platform takes from it; transactions only where they were expanded."""
+        """What the platform takes from it; transactions only where they were expanded.
+
+        A status that isn't known here is one that Stripe has added: the refund isn't over as far as this code can tell.
+        """
         paid, returned = self.balance_transaction, self.failure_balance_transaction
         return RefundView(
             id=self.id,
-            status=self.status,
+            status=STATUSES.get(self.status, "pending"),
             amount=self.amount,
             key=(self.metadata or {}).get("oncepay_refund", ""),
             reason=self.reason or "",

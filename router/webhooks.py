@@ -18,10 +18,11 @@ from prometheus_client import Counter
 
 from oncepay.driver import Driver
 from oncepay.errors import BadSignature, MalformedBody, Unavailable
+from oncepay.incoming import HANDLED, TERMINAL, head_of, intent_of, take_in
 from oncepay.logs import get_logger
 from oncepay.payment import Payment
 from oncepay.service import json_response
-from oncepay.stripe_objects import EventObject, IntentObject, ObjectHead
+from oncepay.stripe_objects import EventObject, ObjectHead
 from shard.store.store import Shards
 
 TOLERANCE_S = 300
@@ -34,26 +35,6 @@ FRESH_S = 10.0
 """Seconds after which an event is no longer fresh: a redelivery, or one that was long on its way."""
 FINISHED_MAX = 2_000
 """Finished payments that are remembered; the oldest is forgotten for a newer one."""
-
-_TERMINAL = frozenset({"payment_intent.succeeded", "payment_intent.canceled"})
-_LOOK = frozenset(
-    {
-        "payment_intent.payment_failed",
-        "payment_intent.processing",
-        "payment_intent.requires_action",
-        "payment_intent.amount_capturable_updated",
-        "charge.failed",
-        "charge.captured",
-        "charge.updated",
-    }
-)
-"""Events after which the intent is retrieved, when the row still has open work."""
-_REFUNDS = frozenset({"refund.created", "refund.updated", "refund.failed", "charge.refunded", "charge.refund.updated"})
-_DISPUTES = frozenset(
-    f"charge.dispute.{what}" for what in ("created", "updated", "closed", "funds_withdrawn", "funds_reinstated")
-)
-HANDLED = _TERMINAL | _LOOK | _REFUNDS | _DISPUTES
-"""What an endpoint at Stripe has to be subscribed to."""
 
 _log = get_logger("webhooks")
 
@@ -137,30 +118,13 @@ class StripeWebhooks:
 
     async def _handle(self, event: EventObject) -> str:
         """Commit what the event says; the outcome's name."""
-        head = msgspec.json.decode(event.data.object, type=ObjectHead)
-        intent = head.id if head.object == "payment_intent" else head.payment_intent or ""
-        if event.type in _TERMINAL:
+        head = head_of(event)
+        if event.type in TERMINAL:
             await self._answer_first(head, event.created)
-        payment = await self._find(head, intent)
+        payment = await self._find(head, intent_of(head))
         if payment is None:
             return "foreign"  # another system's on this account, or made before its row's id was committed
-        if payment.intent != intent:
-            return "orphan"
-        if event.type in _REFUNDS or event.type in _DISPUTES:
-            await self._driver.look_after(payment.key, "refunds" if event.type in _REFUNDS else "disputes", event.type)
-            return "looked"
-        if event.type in _TERMINAL:
-            view = msgspec.json.decode(event.data.object, type=IntentObject).view()
-            if view.status == "canceled" or (view.status == "succeeded" and view.charge is not None):
-                # Also when it is over: the event may contradict the row, and then that is said.
-                after = await self._driver.see(payment, view, event.type)
-                return "known" if after.version == payment.version else "applied"
-        if not payment.open_work:
-            return "known"
-        if head.object == "charge" and head.id in payment.progress.finished_charges:
-            return "known"
-        await self._driver.look(payment.key, event.type)
-        return "looked"
+        return await take_in(self._driver, payment, event, head)
 
     async def _answer_first(self, head: ObjectHead, created_s: int) -> None:
         """Let the answer of the call that caused a fresh event be committed first.

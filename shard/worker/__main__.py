@@ -12,9 +12,11 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from oncepay.errors import Unauthorized, Unavailable
-from oncepay.service import Service, json_response, run
+from oncepay.service import Service, decode, json_response, run
 from shard.worker.duty import Duty
 
+EVENTS_BYTES_MAX = 32 << 20
+"""The largest hand-over: twenty pages of a hundred events."""
 EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 (compared with, not listened on)
 
 
@@ -27,6 +29,7 @@ async def start(service: Service) -> AsyncIterator[None]:
     service.check("cache", duty.check_cache)
     token = settings.internal_token
     service.route("GET", "/v1/cache", lambda request: _cache(request, duty, token))
+    service.route("POST", "/v1/events", lambda request: _events(request, duty, token))
     for method in ("GET", "POST"):
         service.route(method, "/v1/resnapshot", lambda request: _resnapshot(request, duty, token))
     service.spawn(duty.run(), "worker")
@@ -59,6 +62,17 @@ async def _resnapshot(request: web.Request, duty: Duty, token: str) -> web.Respo
     return json_response({"name": worker.name, "feed": worker.problem, "progress": progress}, status=status)
 
 
+async def _events(request: web.Request, duty: Duty, token: str) -> web.Response:
+    """POST /v1/events: Stripe's events of this shard's payments. 200 once their effects are committed: how many had which."""
+    _authorize(request, token)
+    worker = duty.active()
+    if worker.handed is None:
+        raise Unavailable("the worker's cache is being filled")
+    from shard.worker.events import HandOver
+
+    return json_response(await worker.handed.take(await decode(request, HandOver)))
+
+
 async def _cache(request: web.Request, duty: Duty, token: str) -> web.Response:
     """GET /v1/cache: `{"shard", "name", "certain_lsn", "pending": [[key, version, status], …]}`, of the active worker."""
     _authorize(request, token)
@@ -88,6 +102,7 @@ def main() -> None:
         kind="worker",
         description="Looks after a shard's open payments and forwards its changes to the aggregator.",
         add_arguments=_arguments,
+        body_limit_bytes=EVENTS_BYTES_MAX,
         argv=argv,
     )
 

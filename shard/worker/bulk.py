@@ -1,51 +1,42 @@
 """Asking Stripe about many payments at once: lists first, so that single look-ups are left for what they don't answer.
 
-Young payments are found in the list of intents by when they were made. For old ones the list of events tells which have
-not changed since they were last looked at. Both give up early when they would cost more calls than they save.
+Young payments are found in the list of intents by when they were made; that gives up early when it would cost more calls
+than it saves. For old ones the events that the account's reader hands to the shard tell which have not changed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-import msgspec
-
-from oncepay.logs import get_logger
 from oncepay.payment import IntentView, Key, Status
-from oncepay.stripe_objects import EventList, EventObject, IntentList, ObjectHead
+from oncepay.stripe_objects import IntentList
 from shard.worker import metrics
 from shard.worker.cache import JITTER, Pending, PendingCache
 
 YOUNG_TRIES = 1
 """Payments with at most so many looks since their last change are sought among the newest intents."""
 BULK_MIN = 8
-"""Fewer than this are asked for singly."""
+"""Fewer young ones than this are asked for singly."""
 HITS_MIN = 3
 """A page of intents with fewer hits is the last one: single calls cost less from there on."""
 INTENT_PAGES_MAX = 10
-EVENT_PAGES_MAX = 10
 SLACK_S = 60
 EVENT_OVERLAP_S = 30
-"""Events this close to a sweep's edge count for both sides: they may be listed late, and clocks differ."""
-EVENT_REST_S = 60.0
-"""After a sweep that was too long the events list is left alone for this long."""
+"""What was handed over must reach this close to now: an event is handed over only some seconds after it was made."""
+CHANGED_MAX = 10_000
+"""So many payments with events are remembered before those that are settled are forgotten."""
 SINGLE_EACH = 8
 """Every so many looks a payment is asked for singly, whatever the events say."""
 
 Decision = Literal["unchanged", "apply", "drive"]
-
-_head = msgspec.json.Decoder(ObjectHead).decode
-_log = get_logger("poller")
 
 
 class Lists(Protocol):
     """The lists of `oncepay.stripe_client.StripeGateway`."""
 
     async def intents(self, *, created_gte: int, created_lte: int | None = None, starting_after: str = "") -> IntentList: ...
-
-    async def events(self, *, created_gte: int, starting_after: str = "", ending_before: str = "") -> EventList: ...
 
 
 class Sorted(NamedTuple):
@@ -85,17 +76,16 @@ class Bulk:
         self._shard = shard
         self._first_s = first_s
         self._now = now
-        self._changed: dict[Key, float] = {}
+        self._changed: set[Key] = set()
         self._covered_from_s = 0.0
         self._covered_to_s = 0.0
-        self._rest_until_s = 0.0
 
     async def sort(self, due: Sequence[Pending]) -> Sorted:
         """Sort what is due by what the lists say. Raises StripeUnavailable."""
         young = [pending for pending in due if pending.tries <= YOUNG_TRIES]
         old = [pending for pending in due if pending.tries > YOUNG_TRIES]
         from_intents = await self._by_intents(young) if len(young) >= BULK_MIN else Sorted([], [], young)
-        from_events = await self._by_events(old) if len(old) >= BULK_MIN else Sorted([], [], old)
+        from_events = self._by_events(old)
         return Sorted(from_intents.apply, from_intents.unchanged + from_events.unchanged, from_intents.left + from_events.left)
 
     # Intents
@@ -125,48 +115,31 @@ class Bulk:
 
     # Events
 
-    async def _by_events(self, due: Sequence[Pending]) -> Sorted:
-        if self._now() >= self._rest_until_s:
-            await self._sweep()
+    def _by_events(self, due: Sequence[Pending]) -> Sorted:
         result = Sorted([], [], [])
         for pending in due:
             quiet = self._covers(pending) and pending.key not in self._changed and pending.tries % SINGLE_EACH
             fee_open = pending.status in {Status.SUCCEEDED, Status.CANCELING}  # no event of the intent tells of these
             (result.unchanged if quiet and not fee_open else result.left).append(pending)
         for pending in due:
-            self._changed.pop(pending.key, None)
+            self._changed.discard(pending.key)
         return result
 
     def _covers(self, pending: Pending) -> bool:
-        """Whether all events since this payment was last looked at have been read."""
+        """Whether all events since this payment was last looked at have been handed over."""
         looked_s = self._now() - self._cache.distance_s(pending.status, pending.tries) * (1 + JITTER) - SLACK_S
         return self._covered_from_s + EVENT_OVERLAP_S < looked_s and self._covered_to_s > self._now() - EVENT_OVERLAP_S
 
-    async def _sweep(self) -> None:
-        """Read the events since the last sweep, the newest first."""
-        now_s = self._now()
-        start_s = self._covered_to_s - EVENT_OVERLAP_S if self._covered_to_s else now_s - EVENT_OVERLAP_S
-        after = ""
-        for _ in range(EVENT_PAGES_MAX):
-            page = await self._stripe.events(created_gte=int(start_s), starting_after=after)
-            metrics.LISTED.labels(self._shard, "events").inc(len(page.data))
-            for event in page.data:
-                self._note(event)
-            if not page.has_more or not page.data:
-                self._covered_from_s = self._covered_from_s or start_s
-                self._covered_to_s = now_s
-                return
-            after = page.data[-1].id
-        _log.info("too many events to sweep", since_s=int(start_s), pages=EVENT_PAGES_MAX)
-        self._covered_from_s, self._covered_to_s = float(page.data[-1].created), now_s
-        self._rest_until_s = now_s + EVENT_REST_S
-
-    def _note(self, event: EventObject) -> None:
-        """Remember that a pending payment has an event."""
-        head = _head(event.data.object)
-        key = (head.metadata or {}).get("oncepay_key", "")
-        if key and key in self._cache:
-            self._changed[Key(key)] = float(event.created)
+    def handed(self, from_s: float, to_s: float, keys: Iterable[Key]) -> None:
+        """All events that Stripe made from `from_s` to `to_s` have been handed to this shard; these payments had some."""
+        for key in keys:
+            if key in self._cache:
+                self._changed.add(key)
+        if len(self._changed) > CHANGED_MAX:
+            self._changed = {key for key in self._changed if key in self._cache}
+        if from_s > self._covered_to_s:
+            self._covered_from_s = from_s  # something is missing in between
+        self._covered_to_s = max(self._covered_to_s, to_s)
 
 
 def _sort_one(result: Sorted, pending: Pending, view: IntentView) -> None:

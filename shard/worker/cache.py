@@ -200,6 +200,16 @@ class PendingCache:
             due_s = min(bucket.due_s, rounded_s)
             self._place(packed, due_s, now_s, bucket.status, bucket.version, bucket.tries, rounded_s)
 
+    def hurry(self, key: str) -> bool:
+        """Something happened to the payment: look at it now, unless it has just changed and is looked at soon anyway."""
+        packed = pack(key)
+        bucket = self._entries.get(packed)
+        if bucket is None or not bucket.tries:
+            return False
+        now_s = self._now()
+        self._place(packed, now_s, now_s, bucket.status, bucket.version, bucket.tries, bucket.expires_s)
+        return True
+
     def _place(self, packed: bytes, due_s: float, now_s: float, status: int, version: int, tries: int, expires_s: int) -> None:
         """Put a payment into the bucket of its state and of the first moment not before `due_s`."""
         due = int(due_s) + 1 if due_s - now_s < 60 else (int(due_s) // COARSE_S + 1) * COARSE_S

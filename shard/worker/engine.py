@@ -8,11 +8,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import aiohttp
 
 from oncepay.budget import Budget
+from oncepay.driver import Driver
 from oncepay.etcd import Etcd
 from oncepay.settings import Settings
 from oncepay.stripe_client import StripeGateway
 from oncepay.tipalti_client import TipaltiClient
 from shard.store.store import Shards
+from shard.worker.events import EventReader
 from shard.worker.lease import Seat
 from shard.worker.stream import ROLE
 from shard.worker.worker import Worker
@@ -30,4 +32,6 @@ async def engine(shard: str, name: str, settings: Settings, etcd: Etcd, seat: Se
         tipalti = await stack.enter_async_context(TipaltiClient(settings.tipalti))
         shards = Shards(etcd, settings, role=ROLE, password=settings.postgres.worker_password, actor=name)
         stack.push_async_callback(shards.stop)
-        yield Worker(shard, name, settings, shards, stripe, tipalti, seat, http)
+        driver = Driver(shards, stripe)
+        reader = EventReader(etcd, stripe, shards, driver, lambda: shards.maps.current, http, settings, name)
+        yield Worker(shard, name, settings, shards, stripe, tipalti, driver, reader, seat, http)

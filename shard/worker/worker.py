@@ -19,9 +19,11 @@ from shard.worker import metrics
 from shard.worker.bulk import Bulk
 from shard.worker.cache import PendingCache
 from shard.worker.errors import FeedHalted, StandDown
+from shard.worker.events import EventReader
 from shard.worker.feed import Feed
 from shard.worker.fill import fill
 from shard.worker.forward import Forwarder
+from shard.worker.handed import Handed
 from shard.worker.lease import Seat
 from shard.worker.payout_cache import PayoutCache
 from shard.worker.payouts import PayoutDesk
@@ -43,7 +45,7 @@ class Worker:
 
     def __init__(
         self, shard: str, name: str, settings: Settings, shards: Shards, stripe: StripeGateway, tipalti: TipaltiClient,
-        seat: Seat, http: aiohttp.ClientSession,
+        driver: Driver, reader: EventReader, seat: Seat, http: aiohttp.ClientSession,
     ) -> None:  # fmt: skip
         self.shard = shard
         self.name = name
@@ -54,10 +56,14 @@ class Worker:
         self.feed: Feed | None = None
         self.forwarder: Forwarder | None = None
         self.resnapshot: Resnapshot | None = None
+        self.handed: Handed | None = None
+        """Takes the events of this shard, once the cache is filled."""
         self._settings = settings
         self._shards = shards
         self._stripe = stripe
         self._tipalti = tipalti
+        self._driver = driver
+        self._reader = reader
         self._seat = seat
         self._http = http
 
@@ -108,6 +114,7 @@ class Worker:
             group.create_task(self.forwarder.run(), name="forwarder")
             group.create_task(self._poll(batcher, self.feed), name="poller")
             group.create_task(self.resnapshot.run(), name="resnapshot")
+            group.create_task(self._reader.run(), name="events")
             group.create_task(self._measure(self.feed), name="measure")
 
     def _changed(self, transaction: Transaction) -> None:
@@ -132,10 +139,11 @@ class Worker:
                 await asyncio.sleep(RETRY_S)
         self.filled = True
         bulk = Bulk(self._stripe, self.cache, self.shard, self._settings.poll.first_s)
-        driver = Driver(self._shards, self._stripe)
+        self.handed = Handed(self.shard, self._shards, self._driver, self.cache, bulk)
         desk = PayoutDesk(self.shard, self.payouts, PayoutStore(self._shards, self.name), self._tipalti, self._owns)
+        poller = Poller(self.shard, self.cache, self._shards, self._driver, bulk, self._owns)
         async with asyncio.TaskGroup() as group:
-            group.create_task(Poller(self.shard, self.cache, self._shards, driver, bulk, self._owns).run(), name="payments")
+            group.create_task(poller.run(), name="payments")
             group.create_task(desk.run(), name="payouts")
 
     def _owns(self, slot: int) -> bool:
@@ -154,7 +162,7 @@ class Worker:
         self.filled = False
         metrics.ACTIVE.labels(self.shard).set(active)
         if not active:
-            self.feed = self.forwarder = self.resnapshot = None
+            self.feed = self.forwarder = self.resnapshot = self.handed = None
 
     # Health
 

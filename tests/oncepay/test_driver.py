@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
+import msgspec
 import pytest
 import stripe
 from msgspec.structs import replace
@@ -14,7 +15,8 @@ from oncepay.cart import Item, Share
 from oncepay.driver import Driver, step_key
 from oncepay.payment import Key, Payment, Status, Terms
 from oncepay.settings import StripeSettings
-from oncepay.stripe_client import StripeGateway
+from oncepay.stripe_client import StripeGateway, StripeRefused
+from oncepay.stripe_objects import RefundList
 from oncepay.transition import AttemptStarted, Event, IntentCreated, RefundRefused, RefundRequested, move
 from tests.sandbox.process import KEY, StandIn, stripe_client
 
@@ -194,3 +196,39 @@ async def test_a_refund_that_was_given_up_and_made_all_the_same(gateway: StripeG
     assert {r.key: r.status for r in after.progress.refunds} == {"r1": "failed", f"stripe:{late.id}": "succeeded"}
     assert after.amount_refunded == 300
     assert sum(amount for account, amount in rows.balances.items() if account == "refunds:held") == 0
+
+
+async def test_an_intent_that_the_account_does_not_have_is_given_up_only_past_its_time(
+    gateway: StripeGateway, client: stripe.StripeClient
+) -> None:
+    """Until then it may be Stripe's mistake, and past it nobody confirms it any more."""
+    rows = Rows(payment("gone"))
+    driver = Driver(rows, gateway)
+    rows.row = replace(await driver.drive(rows.row), intent="pi_nobody_knows")
+    with pytest.raises(StripeRefused):
+        await driver.drive_on(rows.row.key)
+    assert rows.row.status is Status.ATTEMPTED
+    await client.v1.payment_intents.create_async({"amount": 1000, "currency": "usd", "metadata": {"oncepay_key": "another"}})
+    after = await driver.drive_on(rows.row.key, now_ms=rows.row.expires_at_ms + 1)
+    assert after is not None
+    assert after.status is Status.CANCELED
+
+
+async def test_an_account_that_knows_none_of_ours_says_nothing_of_what_is_gone() -> None:
+    """The key of another account was put into the settings: then nothing is there, and nothing may be given up for it."""
+    other = StandIn("stripe").start()
+    try:
+        async with StripeGateway(StripeSettings(base_url=other.url, api_key=KEY)) as gateway:
+            row = replace(payment("elsewhere"), status=Status.CANCELING, version=3, intent="pi_elsewhere")
+            rows = Rows(row)
+            with pytest.raises(StripeRefused):
+                await Driver(rows, gateway).drive(row)
+            assert rows.row.status is Status.CANCELING
+    finally:
+        other.stop()
+
+
+def test_a_status_of_a_refund_that_is_new_at_stripe_leaves_the_list_readable() -> None:
+    body = b'{"data": [{"id": "re_1", "amount": 5, "status": "on_the_moon"}, {"id": "re_2", "amount": 5, "status": "failed"}]}'
+    views = [item.view() for item in msgspec.json.decode(body, type=RefundList).data]
+    assert [view.status for view in views] == ["pending", "failed"]

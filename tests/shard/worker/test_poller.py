@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 
 import msgspec
@@ -14,7 +13,7 @@ from oncepay.errors import StripeUnavailable
 from oncepay.keys import slot
 from oncepay.payment import Charge, IntentView, Key, Payment, Status
 from oncepay.settings import PollSettings
-from oncepay.stripe_objects import EventData, EventList, EventObject, IntentList, IntentObject
+from oncepay.stripe_objects import IntentList, IntentObject
 from shard.store.batch import EpochOver
 from shard.worker.bulk import Bulk, decide
 from shard.worker.cache import Pending, PendingCache
@@ -92,11 +91,10 @@ def test_what_a_listed_view_means(status: Status, tries: int, seen: IntentView, 
 
 
 class Lists:
-    """Stripe's lists over given intents and events, newest first, 100 a page, counting calls."""
+    """Stripe's list over given intents, newest first, 100 a page, counting calls."""
 
     def __init__(self) -> None:
         self.intents_made: list[IntentObject] = []
-        self.events_made: list[EventObject] = []
         self.calls = 0
         self.down = False
 
@@ -109,19 +107,9 @@ class Lists:
         start = next((n + 1 for n, i in enumerate(found) if i.id == starting_after), 0)
         return IntentList(found[start : start + 100], has_more=len(found) > start + 100)
 
-    async def events(self, *, created_gte: int, starting_after: str = "", ending_before: str = "") -> EventList:
-        self.calls += 1
-        found = [e for e in reversed(self.events_made) if e.created >= created_gte]
-        start = next((n + 1 for n, e in enumerate(found) if e.id == starting_after), 0)
-        return EventList(found[start : start + 100], has_more=len(found) > start + 100)
-
     def intent(self, key: str, status: str, created_s: float) -> None:
         number = len(self.intents_made)
         self.intents_made.append(IntentObject(f"pi_{number}", status, created=int(created_s), metadata={"oncepay_key": key}))
-
-    def event(self, key: str, created_s: float) -> None:
-        body = msgspec.Raw(json.dumps({"id": "pi", "metadata": {"oncepay_key": key}}).encode())
-        self.events_made.append(EventObject(f"evt_{len(self.events_made)}", "payment_intent.x", int(created_s), EventData(body)))
 
 
 def bulk_for(lists: Lists, clock: Clock, keys: list[str], status: str = "processing") -> tuple[Bulk, PendingCache]:
@@ -163,31 +151,47 @@ async def test_events_tell_which_old_ones_have_not_changed() -> None:
     keys = [f"k{n}" for n in range(20)]
     bulk, _ = bulk_for(lists, clock, keys)
     old = [pending(Status.PROCESSING, 9, key) for key in keys]
-    await bulk.sort(old)
+    bulk.handed(9_000, 9_990, [])
     clock.now_s += 600
-    await bulk.sort(old)
-    lists.event("k3", clock.now_s)
-    lists.event("not ours", clock.now_s)
-    clock.now_s += 5
+    bulk.handed(9_990, clock.now_s - 10, [Key("k3"), Key("not ours")])
     result = await bulk.sort(old)
     assert [p.key for p in result.left] == ["k3"]
     assert len(result.unchanged) == 19
+    assert lists.calls == 0, "the events cost this shard no call"
+    assert not (await bulk.sort(old)).left, "what was looked at has no event any more"
 
 
-async def test_too_many_events_leave_all_to_single_calls() -> None:
+async def test_without_all_events_each_is_asked_for_singly() -> None:
+    """A gap in what was handed over, or a reader that has stopped, tells nothing of who has not changed."""
     clock, lists = Clock(10_000), Lists()
     keys = [f"k{n}" for n in range(20)]
     bulk, _ = bulk_for(lists, clock, keys)
     old = [pending(Status.PROCESSING, 9, key) for key in keys]
-    await bulk.sort(old)
+    assert len((await bulk.sort(old)).left) == 20, "nothing was handed over yet"
+    bulk.handed(9_000, 9_990, [])
     clock.now_s += 600
-    for n in range(2_000):
-        lists.event(f"others{n}", clock.now_s - 1)
-    before = lists.calls
-    assert len((await bulk.sort(old)).left) == 20
-    assert lists.calls - before == 10
-    assert len((await bulk.sort(old)).left) == 20
-    assert lists.calls - before == 10, "the list is left alone for a while"
+    bulk.handed(clock.now_s - 20, clock.now_s - 10, [])
+    assert len((await bulk.sort(old)).left) == 20, "ten minutes are missing"
+    clock.now_s += 600
+    bulk.handed(clock.now_s - 620, clock.now_s - 10, [])
+    assert not (await bulk.sort(old)).left
+    clock.now_s += 60
+    assert len((await bulk.sort(old)).left) == 20, "the reader has stopped"
+
+
+def test_an_event_hurries_a_look_but_not_that_of_a_young_payment() -> None:
+    clock = Clock(10_000)
+    cache = PendingCache(PollSettings(), clock)
+    cache.put("young", "processing", 3, True, FAR_S)
+    cache.put("old", "processing", 3, True, FAR_S)
+    clock.now_s += 7
+    cache.take_due(10)
+    cache.put("young", "processing", 4, True, FAR_S)
+    assert cache.hurry("old")
+    assert not cache.hurry("young")
+    assert not cache.hurry("settled")
+    clock.now_s += 2
+    assert [item.key for item in cache.take_due(10)] == ["old"]
 
 
 class Rows:

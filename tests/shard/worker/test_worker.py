@@ -29,6 +29,7 @@ from shard.store.rows import Put, entry_arrays, put_arrays
 from shard.store.store import Shards
 from shard.worker.lease import Seat
 from tests.etcd_fixture import dying_with_parent
+from tests.sandbox.process import stripe_client
 from tests.shard.worker.harness import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -462,3 +463,53 @@ async def test_a_payment_in_progress_is_polled_until_it_succeeds(
             await http.put(faults, json={})
     await derived.same()
     assert await worker.metric('oncepay_polls_total{how="list"') > 0
+
+
+async def test_what_webhooks_missed_comes_with_the_events(
+    shard_cluster: Cluster, workers: list[WorkerProcess], store: Shards, derived: Derived
+) -> None:
+    """Nobody receives webhooks here. Refunds and disputes that somebody makes in the Dashboard are found all the same."""
+    worker = await started(workers[0])
+    given_back, failing, disputed = (
+        payment(name, method)
+        for name, method in (
+            ("back", "pm_card_visa"), ("failing", "pm_card_refundFail"), ("disputed", "pm_card_createDispute"),
+        )
+    )  # fmt: skip
+    for each in (given_back, failing, disputed):
+        await store.accept(each)
+
+    async def row(each: Payment) -> Payment:
+        found = await store.get(each.key)
+        assert found is not None
+        return found
+
+    async def settled() -> bool:
+        return all([not (await row(each)).open_work for each in (given_back, failing)])
+
+    await eventually(settled, "two are settled: nothing is polled any more", 30)
+    base_url = shard_cluster.settings.stripe.base_url
+    async with stripe_client(base_url) as dashboard:
+        for each in (given_back, failing):
+            await dashboard.v1.refunds.create_async({"payment_intent": (await row(each)).intent, "amount": 400})
+
+        async def all_there() -> bool:
+            states = [[item.status for item in (await row(each)).progress.refunds] for each in (given_back, failing)]
+            return (
+                states[0] == ["succeeded"]
+                and states[1] in (["succeeded"], ["failed"])
+                and bool((await row(disputed)).progress.disputes)
+            )
+
+        await eventually(all_there, "the refunds and the dispute are in the rows", 30)
+        async with aiohttp.ClientSession() as http:
+            await http.post(f"{base_url}/_control/clock", json={"advance_s": 7 * 86_400})
+
+        async def failed_late() -> bool:
+            return [item.status for item in (await row(failing)).progress.refunds] == ["failed"]
+
+        await eventually(failed_late, "the refund that failed long after it had succeeded is booked back", 30)
+    assert (await row(given_back)).amount_refunded == 400
+    assert (await row(failing)).amount_refunded == 0
+    assert await worker.metric("oncepay_worker_events_total") > 0
+    await derived.same()
