@@ -135,7 +135,7 @@ class Hands:
         if not any(each.startswith(f"worker-{self.shard}") for each in self.cluster.supervisor().states()):
             return True
         with contextlib.suppress(psycopg2.Error):
-            return bool(self.query(leader, "select from pg_replication_slots where slot_name = %s and active", FEED_SLOT))
+            return bool(self.query(leader, "select 1 from pg_replication_slots where slot_name = %s and active", FEED_SLOT))
         return False
 
     def until(self, check: Callable[[], bool], what: str, within_s: float, look_s: float = LOOK_S) -> None:
@@ -258,7 +258,7 @@ class Hands:
             connection.autocommit = True
             with connection.cursor() as cursor:
                 cursor.execute(sql, arguments)
-                return list(cursor.fetchall()) if cursor.description else []
+                return list(cursor.fetchall()) if cursor.description is not None else []
         finally:
             connection.close()
 

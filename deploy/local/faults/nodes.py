@@ -200,7 +200,7 @@ class FreezeStandbysKillLeader(Fault):
         """Whether some came; without traffic there is none."""
         deadline_s = time.monotonic() + COMMITS_WAIT_S
         while time.monotonic() < deadline_s:
-            if self.hands.query(leader, "select from pg_stat_activity where wait_event = 'SyncRep' limit 1"):
+            if self.hands.query(leader, "select 1 from pg_stat_activity where wait_event = 'SyncRep' limit 1"):
                 return True
             time.sleep(0.05)
         return False
