@@ -27,7 +27,10 @@ ANSWERING = ("oncepay.service", "oncepay.etcd.errors", "oncepay.transition", "ro
 """Modules that bring all errors which an API may answer."""
 ANSWERED = ("oncepay.", "router.", "keygen.", "aggregator.", "shard.store.")
 NOT_ANSWERED = frozenset(
-    {"settings", "client-gone", "declined", "epoch-over", "etcd-refused", "etcd-lease-not-found", "etcd-outcome-unknown"}
+    {
+        *("settings", "client-gone", "declined", "epoch-over", "etcd-refused", "etcd-lease-not-found", "etcd-outcome-unknown"),
+        *("migration-blocked", "schema-newer", "not-one-map"),
+    }
 )
 """Never an answer to a client: what ends a process or a connection, or is turned into the payment's failure."""
 

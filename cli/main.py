@@ -25,6 +25,8 @@ COMMANDS = {
     "payouts": Entry("cli.payouts", "payouts", "Pay sellers what they are owed, and see what became of it."),
     "apikeys": Entry("cli.apikeys", "apikeys", "Make and revoke API keys."),
     "shards": Entry("cli.shards", "shards", "Look after single shards."),
+    "config": Entry("cli.config", "config", "Show and check the settings."),
+    "doctor": Entry("cli.doctor", "doctor", "Say what is wrong here, and what to do."),
     "verify": Entry("cli.verify", "verify", "Check every promise from outside, row by row."),
     "chaos": Entry("cli.chaos", "chaos", "Break something on purpose, and see that nothing is lost."),
     "demo": Entry("cli.demo", "demo", "Replay 6,919 real purchases on a cluster of its own, and verify."),

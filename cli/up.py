@@ -46,27 +46,18 @@ def finish(result: object) -> None:
 def hooks(cluster: Cluster) -> Hooks:
     """The migrations of the shards and of the aggregator."""
     from deploy.local import Hooks
+    from shard.store.migrate import passwords_of
 
     migrate_shard = migration("shard.store.migrate")
     migrate_aggregator = migration("aggregator.migrate")
 
-    def passwords() -> dict[str, str]:
-        postgres = cluster.settings.postgres
-        return {
-            "oncepay_router": postgres.router_password,
-            "oncepay_worker": postgres.worker_password,
-            "oncepay_aggregator": postgres.aggregator_password,
-            "oncepay_operator": postgres.operator_password,
-            "oncepay_reader": postgres.reader_password,
-        }
-
     def on_leader(shard: str, dsn: str, ranges: list[tuple[int, int]]) -> None:
         if migrate_shard is not None:
-            finish(migrate_shard(dsn, passwords=passwords(), shard=shard, ranges=ranges))
+            finish(migrate_shard(dsn, passwords=passwords_of(cluster.settings.postgres), shard=shard, ranges=ranges))
 
     def on_aggregator(dsn: str) -> None:
         if migrate_aggregator is not None:
-            finish(migrate_aggregator(dsn, passwords=passwords()))
+            finish(migrate_aggregator(dsn, passwords=passwords_of(cluster.settings.postgres)))
 
     return Hooks(on_leader=on_leader, on_aggregator=on_aggregator)
 

@@ -56,6 +56,8 @@ def target_of(
 
     shards = []
     for shard in status.shards:
+        if shard.restored:
+            continue  # it holds copies of other shards' rows, and owns none
         if shard.dsn is None:
             raise Unreachable(f"shard {shard.name} has no leader now")
         ranges = tuple((int(first), int(last)) for first, last in shard.ranges)

@@ -5,12 +5,14 @@ What holds a promise, and must not be loosened:
 - `primary_start_timeout: 0`: a crashed leader gives way at once.
 - the watchdog is `required`: no node leads unless its Postgres dies when Patroni stops beating, before `ttl` ends.
 - data checksums, and a logical slot that follows the leader.
+- `archive_mode: always`: what a leader didn't get to archive, its standbys do (`deploy/archive.py`).
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,11 +51,17 @@ class Tuning:
     max_connections: int = 200
     max_slot_wal_keep_size: str = "2GB"
     io_method: str = "sync"
+    archive_timeout_s: int = 0
+    """A segment of the log that isn't full is archived after this long; 0: only when it is full, or a backup asks for it."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node of a shard. `watchdog` is the named pipe that its wrapper reads, or a watchdog device."""
+    """One node of a shard. `watchdog` is the named pipe that its wrapper reads, or a watchdog device.
+
+    `archive` is the folder of the shard's log, the same for all of its nodes; None: it is not archived. `restore` names the plan
+    (`deploy/restore.py`) of a shard that is made from a backup; once made it is a shard like others.
+    """
 
     name: str
     scope: str
@@ -73,6 +81,34 @@ class Node:
     watchdog_driver: str = "testing"
     client_network: str = "127.0.0.1/32"
     tuning: Tuning = field(default_factory=Tuning)
+    archive: Path | None = None
+    restore: Path | None = None
+
+
+ARCHIVE_SCRIPT = Path(__file__).resolve().with_name("archive.py")
+RESTORE_SCRIPT = Path(__file__).resolve().with_name("restore.py")
+
+
+def _archive_parameters(node: Node) -> dict[str, object]:
+    if node.archive is None:
+        return {}
+    command = shlex.join([sys.executable, "-S", str(ARCHIVE_SCRIPT), "put", str(node.archive)]).replace("%", "%%")
+    return {
+        "archive_mode": "always",
+        "archive_command": f'{command} "%p" "%f"',
+        "archive_timeout": f"{node.tuning.archive_timeout_s}s",
+    }
+
+
+def _bootstrap_method(node: Node) -> dict[str, object]:
+    """How the shard's first node gets its data: an empty database, or a backup."""
+    if node.restore is not None:
+        command = shlex.join([sys.executable, "-S", str(RESTORE_SCRIPT), str(node.restore)])
+        return {"method": "oncepay_restore", "oncepay_restore": {"command": command}}
+    create_database = [str(node.bin_dir / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"]
+    create_database += ["-c", f'CREATE DATABASE "{node.database}"']
+    options = [{"encoding": "UTF8"}, {"locale": "C.UTF-8"}, {"auth": "scram-sha-256"}, "data-checksums"]
+    return {"initdb": options, "post_bootstrap": shlex.join(create_database)}
 
 
 def _shared_parameters(tuning: Tuning) -> dict[str, object]:
@@ -113,9 +149,8 @@ def _shared_parameters(tuning: Tuning) -> dict[str, object]:
 
 def configuration(node: Node) -> dict[str, object]:
     """What `node`'s Patroni reads."""
+    parameters = _shared_parameters(node.tuning) | _archive_parameters(node)
     hba = [f"host {database} all {node.client_network} scram-sha-256" for database in ("all", "replication")]
-    create_database = [str(node.bin_dir / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"]
-    create_database += ["-c", f'CREATE DATABASE "{node.database}"']
     return {
         "scope": node.scope,
         "namespace": node.namespace,
@@ -139,15 +174,9 @@ def configuration(node: Node) -> dict[str, object]:
                 "synchronous_node_count": 1,
                 "failsafe_mode": True,
                 "slots": {FEED_SLOT: {"type": "logical", "database": node.database, "plugin": "pgoutput"}},
-                "postgresql": {"use_pg_rewind": True, "use_slots": True, "parameters": _shared_parameters(node.tuning)},
+                "postgresql": {"use_pg_rewind": True, "use_slots": True, "parameters": parameters},
             },
-            "initdb": [
-                {"encoding": "UTF8"},
-                {"locale": "C.UTF-8"},
-                {"auth": "scram-sha-256"},
-                "data-checksums",
-            ],
-            "post_bootstrap": shlex.join(create_database),
+            **_bootstrap_method(node),
         },
         "postgresql": {
             "listen": f"{node.host}:{node.postgres_port}",

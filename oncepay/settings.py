@@ -38,6 +38,15 @@ class PostgresSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aggregator_password: str = ""
     operator_password: str = ""
     reader_password: str = ""
+    mover_password: str = ""
+    backup_password: str = ""
+
+
+class PatroniSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The user that the REST API of each node's Patroni takes changes from: planned switchovers and restarts."""
+
+    username: str = "oncepay"
+    password: str = ""
 
 
 class StripeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +128,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     etcd: EtcdSettings = EtcdSettings()
     postgres: PostgresSettings = PostgresSettings()
+    patroni: PatroniSettings = PatroniSettings()
     stripe: StripeSettings = StripeSettings()
     tipalti: TipaltiSettings = TipaltiSettings()
     payouts: PayoutSettings = PayoutSettings()

@@ -53,6 +53,23 @@ def even_map(shards: Sequence[str], version: int = 1) -> ShardMap:
     return ShardMap(version, tuple(Range(bounds[i], bounds[i + 1] - 1, name) for i, name in enumerate(shards)))
 
 
+def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same slots in as few ranges as possible, ascending."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    return joined
+
+
+async def read_map(etcd: Etcd) -> ShardMap | None:
+    """The map as etcd holds it now; None when there is none. Raises EtcdUnavailable."""
+    kv = await etcd.get(MAP_KEY)
+    return None if kv is None else msgspec.json.decode(kv.value, type=ShardMap)
+
+
 class MapWatch:
     """The current map, kept so by a watch. A lower version than the one known is ignored (etcd restored from old)."""
 

@@ -201,8 +201,9 @@ class BringUp:
 
         def put() -> None:
             gateway.put_if_absent(f"{prefix}/map", shard_map.render_map(shard_map.even_ranges(self.plan.shards)))
-            for number, shard in enumerate(self.plan.shards):
-                record = shard_map.shard_record(self.plan.ports, number, shard, self.plan.node_hosts(shard))
+            for shard in self.plan.shards:
+                hosts = self.plan.node_hosts(shard)
+                record = shard_map.shard_record(self.plan.ports, self.plan.number(shard), shard, hosts)
                 gateway.put_if_absent(f"{prefix}/shards/{shard}", record)
             digest, api_key = secrets.api_key_record(self.plan.passwords.api_key)
             gateway.put_if_absent(f"{prefix}/apikeys/{digest}", msgspec.json.encode(api_key).decode())
@@ -211,7 +212,12 @@ class BringUp:
 
         self._until(gateway.is_decided, "etcd-1")
         self._try(put, "etcd-1")
-        self.supervisor.start(program.name for program in self.programs if program.part == "nodes")
+        nodes = {program.name: program.shard for program in self.programs if program.part == "nodes"}
+        first = {f"node-{node}": node.rpartition("-")[0] for node in self.plan.first_nodes}
+        self.supervisor.start(name for name, shard in nodes.items() if name in first or shard not in first.values())
+        for name, shard in first.items():
+            self._until(partial(self._leads, shard, name), name)
+        self.supervisor.start(nodes)
 
     def _leader_with_quorum(self, shard: str) -> str | None:
         """The shard's leader, once a standby of its quorum streams from it: only then can it commit."""
@@ -219,6 +225,11 @@ class BringUp:
             nodes = {name: self._nodes[name] for name in node_names(shard) if name in self._nodes}
         leader = leader_of(nodes)
         return leader if leader is not None and nodes[leader].quorum_standbys else None
+
+    def _leads(self, shard: str, process: str) -> bool:
+        with self._lock:
+            nodes = {name: self._nodes[name] for name in node_names(shard) if name in self._nodes}
+        return f"node-{leader_of(nodes)}" == process
 
     def _note_nodes(self, probes: Mapping[str, Probe]) -> None:
         """Keep what the nodes' Patronis say now; what one said before it fell silent counts no longer."""
@@ -260,7 +271,7 @@ class BringUp:
         self._try(call, f"node-{shard}-1")
 
     def _node_dsn(self, shard: str, node: str) -> str:
-        shard_number, number = self.plan.shards.index(shard), node_names(shard).index(node)
+        shard_number, number = self.plan.number(shard), node_names(shard).index(node)
         host = self.plan.node_host(shard_number, number)
         return self._superuser_dsn(self.plan.ports.postgres(shard_number, number), host)
 
@@ -362,6 +373,10 @@ def write_node_configs(plan: Plan) -> None:
             config = folder / "patroni.yml"
             write_secret(config, patroni.render(plan.node_config(shard, name)).encode())
             plan.os_user.own(config)
+            if shard in plan.restores:
+                restore = folder / "restore.json"
+                write_secret(restore, msgspec.json.encode(plan.restores[shard]))
+                plan.os_user.own(restore)
     password = plan.layout.aggregator_db / "password"
     write_secret(password, plan.settings.postgres.superuser_password.encode() + b"\n")
     plan.os_user.own(plan.layout.aggregator_db)

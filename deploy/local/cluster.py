@@ -7,13 +7,14 @@ import dataclasses
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from deploy import os_user, patroni, processes, programs
-from deploy.local import secrets, status, supervisor
+from deploy import etcd_snapshot, os_user, patroni, processes, programs
+from deploy.local import etcd_restore, secrets, status, supervisor
 from deploy.local.bring_up import BringUp, Hooks, OnProgress, write_node_configs
 from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, WrongHome
 from deploy.local.etcd import Gateway
@@ -86,6 +87,8 @@ class Cluster:
             passwords=passwords,
             os_user=os_user.OsUser(),
             network=Network(memory.port_base) if memory.netns else None,
+            numbers=memory.numbers,
+            restored=memory.restored,
         )
 
     @property
@@ -131,8 +134,10 @@ class Cluster:
         stripe_key_file: Path | None = None,
         stripe_webhook_secret_file: Path | None = None,
         timeout_s: float = UP_TIMEOUT_S,
+        first_nodes: tuple[str, ...] = (),
     ) -> None:
-        """Start everything, and return when it is ready. What didn't end properly before is ended first.
+        """Start everything, and return when it is ready. What didn't end properly before is ended first. `first_nodes` lead
+        before the others of their shards are started.
 
         When a part doesn't come up, or the caller is interrupted, all is stopped again. Raises AlreadyRunning,
         PortTaken, PartFailed, WrongHome.
@@ -148,7 +153,7 @@ class Cluster:
             if not Leftovers(self.layout).end():
                 raise ClusterError("processes of an earlier run can't be ended")
             self.layout.clean_run()
-            plan = dataclasses.replace(self._plan(memory), os_user=os_user.for_postgres())
+            plan = dataclasses.replace(self._plan(memory), os_user=os_user.for_postgres(), first_nodes=first_nodes)
             all_programs = plan.programs()
             check_free(port for program in all_programs for port in program.listens)
             if on_warning is not None and (warning := programs.etcd_warning(programs.etcd_version())):
@@ -165,6 +170,38 @@ class Cluster:
                 self.down()
                 raise
 
+    def restore_etcd(
+        self,
+        snapshot: Path,
+        *,
+        prepare: Callable[[Settings], None],
+        hooks: Hooks | None = None,
+        report: Callable[[str], None] = lambda _: None,
+        timeout_s: float = UP_TIMEOUT_S,
+    ) -> Path:
+        """Stop everything, make etcd anew from the snapshot, and start again; where etcd's old data was put.
+
+        `prepare` is called while only etcd runs. When it fails before the start, the cluster stays down. Raises ClusterError,
+        SnapshotFailed, NoLog, and what `prepare` raises.
+        """
+        etcd_snapshot.look(snapshot)
+        memory = self._memory()
+        plan = self._plan(memory)
+        report("stopping everything")
+        self.down()
+        self.layout.make()
+        with self._only_one_up():
+            first = etcd_restore.first_nodes(self.layout, memory.shards, report)
+            report("making etcd anew")
+            kept = etcd_restore.make_data(plan, snapshot)
+            with etcd_restore.only_etcd(plan) as gateway:
+                report("forgetting what is old")
+                etcd_restore.forget_leaders(plan, gateway)
+                prepare(plan.settings)
+        report("starting")
+        self.up(hooks=hooks, timeout_s=timeout_s, first_nodes=first)
+        return kept
+
     def add_shard(
         self,
         shard: str,
@@ -172,20 +209,20 @@ class Cluster:
         hooks: Hooks | None = None,
         on_progress: OnProgress | None = None,
         timeout_s: float = UP_TIMEOUT_S,
+        restore: dict[str, str] | None = None,
     ) -> None:
         """Give the running cluster one more shard, which owns no range yet. On failure it is taken away again.
+
+        With `restore` (a plan of `deploy/restore.py`) it is made from a backup, and gets no worker.
 
         Raises NotRunning, PortTaken, PartFailed; WrongHome for a name that can't be, or a shard too many.
         """
         with self._only_one_up():
             control = self.supervisor()
-            before = self._memory()
-            if not SHARD_NAME.fullmatch(shard) or shard in before.shards:
-                raise WrongHome(f"no shard can be added as {shard!r}: there are {', '.join(before.shards)}")
-            if len(before.shards) >= MAX_SHARDS:
-                raise WrongHome(f"a local cluster has room for {MAX_SHARDS} shards, and has them")
-            memory = msgspec.structs.replace(before, shards=(*before.shards, shard))
-            plan = dataclasses.replace(self._plan(memory), os_user=os_user.for_postgres())
+            before = self.check_addition(shard)
+            memory = before.with_shard(shard, restored=restore is not None)
+            restores = {shard: restore} if restore is not None else {}
+            plan = dataclasses.replace(self._plan(memory), os_user=os_user.for_postgres(), restores=restores)
             all_programs = plan.programs()
             check_free(port for program in all_programs if program.shard == shard for port in program.listens)
             write_node_configs(plan)
@@ -194,7 +231,7 @@ class Cluster:
             self.layout.remember(memory)
             try:
                 if plan.network is not None:
-                    plan.network.add(memory.shards.index(shard))
+                    plan.network.add(memory.numbers[shard])
                 control.add_groups()
                 report = on_progress or (lambda _: None)
                 BringUp(plan, memory, hooks or Hooks(), report, timeout_s, added=shard).run()
@@ -206,6 +243,50 @@ class Cluster:
                 gateway.delete(f"{plan.settings.etcd.prefix}/shards/{shard}")
                 gateway.delete_prefix(f"{plan.settings.etcd.prefix}/patroni/{shard}/")
                 raise
+
+    def check_addition(self, shard: str) -> Memory:
+        """What the home remembers now. Raises WrongHome when the shard can't be added, NotRunning."""
+        self.supervisor()
+        memory = self._memory()
+        if not SHARD_NAME.fullmatch(shard) or shard in memory.shards:
+            raise WrongHome(f"no shard can be added as {shard!r}: there are {', '.join(memory.shards)}")
+        if len(memory.shards) >= MAX_SHARDS:
+            raise WrongHome(f"a local cluster has room for {MAX_SHARDS} shards, and has them")
+        return memory
+
+    def check_shard(self, shard: str) -> Memory:
+        """What the home remembers now. Raises WrongHome when there is no such shard."""
+        memory = self._memory()
+        if shard not in memory.shards:
+            raise WrongHome(f"there is no shard {shard}: there are {', '.join(memory.shards)}")
+        return memory
+
+    def restored(self) -> tuple[str, ...]:
+        """The shards that were made from a backup, and have not been accepted."""
+        return self._memory().restored
+
+    def remove_shard(self, shard: str) -> None:
+        """Stop the shard's processes, forget it and delete its nodes' data. Whether it owns anything is the caller's to know.
+
+        When it is interrupted it may be called again. Raises NotRunning; WrongHome for a shard that isn't there.
+        """
+        with self._only_one_up():
+            self.supervisor()
+            control = Supervisor(self.layout, timeout_s=DOWN_TIMEOUT_S)
+            memory = self.check_shard(shard)
+            plan = self._plan(memory)
+            ours = [program for program in plan.programs() if program.shard == shard]
+            control.stop(program.name for program in ours if program.group == "services")
+            control.stop((program.name for program in ours if program.group == "data"), wait=False)
+            control.await_stopped({program.name for program in ours}, DOWN_TIMEOUT_S)
+            gateway = Gateway(plan.settings.etcd.endpoints)
+            gateway.delete(f"{plan.settings.etcd.prefix}/shards/{shard}")
+            gateway.delete_prefix(f"{plan.settings.etcd.prefix}/patroni/{shard}/")
+            for node in node_names(shard):
+                shutil.rmtree(self.layout.node(node), ignore_errors=True)
+            self.layout.remember(memory.without_shard(shard))
+            for group in reversed(supervisor.GROUPS):
+                control.remove_group(f"{group}-{shard}")
 
     def _write(self, plan: Plan) -> None:
         """Everything that the processes read."""

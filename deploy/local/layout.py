@@ -24,8 +24,10 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a home keeps about its cluster from the first `up` on (`cluster.json`).
 
     `parts` are those of the last `up`. `made` names the shards whose first leader was seen with its database: what
-    others hold can't be anybody's data. `stripe_key_file` is empty when the cluster talks to the stand-in.
-    With `netns` each node has a network namespace of its own.
+    others hold can't be anybody's data. `places` are the numbers, and so the ports, of shards that have another one than
+    their place in `shards`, since one before them was removed. `restored` are those that were made from a backup: they get no
+    worker. `stripe_key_file` is empty when the cluster talks to the stand-in. With `netns` each node has a network namespace
+    of its own.
     """
 
     port_base: int
@@ -35,6 +37,27 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stripe_key_file: str = ""
     stripe_webhook_secret_file: str = ""
     netns: bool = False
+    places: dict[str, int] = {}
+    restored: tuple[str, ...] = ()
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Each shard's number, from which its ports follow. It never changes."""
+        return {shard: self.places.get(shard, index) for index, shard in enumerate(self.shards)}
+
+    def with_shard(self, shard: str, *, restored: bool = False) -> Memory:
+        """With one more shard, which gets the lowest free number."""
+        taken = self.numbers
+        free = next(number for number in range(len(taken) + 1) if number not in taken.values())
+        made_again = (*self.restored, shard) if restored else self.restored
+        return msgspec.structs.replace(self, shards=(*self.shards, shard), places={**taken, shard: free}, restored=made_again)
+
+    def without_shard(self, shard: str) -> Memory:
+        """With that shard forgotten; the others keep their numbers."""
+        places = {name: number for name, number in self.numbers.items() if name != shard}
+        made = tuple(name for name in self.made if name != shard)
+        restored = tuple(name for name in self.restored if name != shard)
+        return msgspec.structs.replace(self, shards=tuple(places), places=places, made=made, restored=restored)
 
 
 @dataclass(frozen=True)
@@ -109,6 +132,9 @@ class Layout:
 
     def node(self, name: str) -> Path:
         return self.nodes / name
+
+    def backups(self, shard: str) -> Path:
+        return self.home / "backups" / shard
 
     def log(self, process: str) -> Path:
         return self.logs / f"{process}.log"

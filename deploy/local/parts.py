@@ -105,13 +105,26 @@ class Plan:
     os_user: OsUser
     network: Network | None = None
 
+    numbers: dict[str, int] = field(default_factory=dict)
+    """Those shards' numbers that aren't their places in `shards`."""
+    restored: tuple[str, ...] = ()
+    """Shards that were made from a backup: until they are accepted nothing works for them."""
+    first_nodes: tuple[str, ...] = ()
+    """Nodes that have to lead before the others of their shards are started; nobody else remembers who may."""
+    restores: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Plans (`deploy/restore.py`) of the shards that are made from a backup now."""
+
+    def number(self, shard: str) -> int:
+        """The shard's number, from which its ports follow."""
+        return self.numbers.get(shard, self.shards.index(shard))
+
     def node_host(self, shard_number: int, number: int) -> str:
         """The address of a node; shards and nodes are counted from zero."""
         return self.network.address(shard_number, number) if self.network else "127.0.0.1"
 
     def node_hosts(self, shard: str) -> list[str]:
         """The addresses of a shard's nodes, in their order."""
-        return [self.node_host(self.shards.index(shard), number) for number in range(NODES_PER_SHARD)]
+        return [self.node_host(self.number(shard), number) for number in range(NODES_PER_SHARD)]
 
     @property
     def uses_stand_in(self) -> bool:
@@ -163,7 +176,8 @@ class Plan:
 
     def _nodes(self) -> Iterator[Program]:
         """They are started when etcd is ready: a Patroni that comes too early waits for 5 s before it asks again."""
-        for shard_number, shard in enumerate(self.shards):
+        for shard in self.shards:
+            shard_number = self.number(shard)
             for number, node in enumerate(node_names(shard)):
                 folder = self.layout.node(node)
                 postgres, rest = self.ports.postgres(shard_number, number), self.ports.patroni(shard_number, number)
@@ -254,10 +268,12 @@ class Plan:
             )
 
     def _workers(self) -> Iterator[Program]:
-        """Two a shard: one is active, the other stands by."""
-        for number, shard in enumerate(self.shards):
+        """Two a shard: one is active, the other stands by. A shard that was restored from a backup gets none."""
+        for shard in self.shards:
+            if shard in self.restored:
+                continue
             for replica in range(WORKERS_PER_SHARD):
-                own, name = self.ports.worker(number, replica), f"worker-{shard}-{replica + 1}"
+                own, name = self.ports.worker(self.number(shard), replica), f"worker-{shard}-{replica + 1}"
                 yield self._service(name, "worker", "shard.worker", own, ["--shard", shard, "--own-port", str(own)])
 
     def _aggregator(self) -> Iterator[Program]:
@@ -270,7 +286,7 @@ class Plan:
 
     def node_config(self, shard: str, node: str) -> patroni.Node:
         """What goes into that node's Patroni configuration."""
-        shard_number, number = self.shards.index(shard), node_names(shard).index(node)
+        shard_number, number = self.number(shard), node_names(shard).index(node)
         folder = self.layout.node(node)
         client_ports = [endpoint.rpartition(":")[2] for endpoint in self.settings.etcd.endpoints]
         etcd_hosts = (
@@ -293,6 +309,8 @@ class Plan:
             namespace=f"{self.settings.etcd.prefix}/patroni/",
             database=self.settings.postgres.database,
             client_network=self.network.subnet if self.network else "127.0.0.1/32",
+            archive=self.layout.backups(shard) / "wal",
+            restore=folder / "restore.json" if shard in self.restores else None,
         )
 
 

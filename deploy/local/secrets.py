@@ -11,7 +11,7 @@ import msgspec
 from deploy.local.errors import WrongHome
 from deploy.local.layout import Layout, Memory, write_secret
 from deploy.local.ports import ETCD_MEMBERS, Ports
-from oncepay.settings import EtcdSettings, PostgresSettings, Settings, StripeSettings, TipaltiSettings, dump
+from oncepay.settings import EtcdSettings, PatroniSettings, PostgresSettings, Settings, StripeSettings, TipaltiSettings, dump
 
 STAND_IN_RATE_PER_S = 1000
 REAL_STRIPE_RATE_PER_S = 25
@@ -33,6 +33,8 @@ class Passwords(msgspec.Struct, frozen=True):
     aggregator: str = msgspec.field(default_factory=_token)
     operator: str = msgspec.field(default_factory=_token)
     reader: str = msgspec.field(default_factory=_token)
+    mover: str = msgspec.field(default_factory=_token)
+    backup: str = msgspec.field(default_factory=_token)
     internal: str = msgspec.field(default_factory=_token)
     stripe_key: str = msgspec.field(default_factory=lambda: "sk_test_local" + _token())
     api_key: str = msgspec.field(default_factory=lambda: "oncepay_local_" + _token())
@@ -105,10 +107,13 @@ def make_settings(layout: Layout, ports: Ports, passwords: Passwords, memory: Me
         aggregator_password=passwords.aggregator,
         operator_password=passwords.operator,
         reader_password=passwords.reader,
+        mover_password=passwords.mover,
+        backup_password=passwords.backup,
     )
     return Settings(
         etcd=EtcdSettings(endpoints=tuple(f"127.0.0.1:{ports.etcd_client(member)}" for member in range(ETCD_MEMBERS))),
         postgres=postgres,
+        patroni=PatroniSettings(password=passwords.patroni_rest),
         stripe=stripe_settings(layout, ports, passwords, memory),
         tipalti=TipaltiSettings(
             base_url=f"http://127.0.0.1:{ports.tipalti}",

@@ -37,13 +37,15 @@ class NodeStatus(msgspec.Struct, frozen=True):
 
 
 class ShardStatus(msgspec.Struct, frozen=True):
-    """`leader` and `dsn` are null while there is no leader; `dsn` is for reading only."""
+    """`leader` and `dsn` are null while there is no leader; `dsn` is for reading only. `restored`: it was made from a backup, and
+    nothing works for it."""
 
     name: str
     ranges: list[shard_map.Range]
     leader: str | None
     nodes: list[NodeStatus]
     dsn: str | None
+    restored: bool = False
 
 
 class EtcdStatus(msgspec.Struct, frozen=True):
@@ -105,7 +107,7 @@ def _shard(
     known = {name: node for name in names if (node := probes[f"node-{name}"].node) is not None}
     leader = leader_of(known)
     end = known[leader].lsn if leader else None
-    number = plan.shards.index(shard)
+    number = plan.number(shard)
     nodes = []
     for n, name in enumerate(names):
         state = known.get(name)
@@ -128,7 +130,7 @@ def _shard(
         n = names.index(leader)
         port, host = plan.ports.postgres(number, n), plan.node_host(number, n)
         dsn = secrets.postgres_dsn("oncepay_reader", postgres.reader_password, port, postgres.database, host)
-    return ShardStatus(name=shard, ranges=ranges, leader=leader, nodes=nodes, dsn=dsn)
+    return ShardStatus(name=shard, ranges=ranges, leader=leader, nodes=nodes, dsn=dsn, restored=shard in plan.restored)
 
 
 def _urls(plan: Plan, programs: list[Program]) -> dict[str, str]:

@@ -8,8 +8,9 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 import xmlrpc.client
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple, cast
 
 from deploy import processes
@@ -18,6 +19,7 @@ from deploy.local.layout import Layout
 from deploy.local.parts import Group, Program, project_root
 
 RPC_TIMEOUT_S = 5.0
+STOPPED_POLL_S = 0.1
 LOG_BYTES = 10 * 1024 * 1024
 LOG_BACKUPS = 2
 START_RETRIES = 1_000_000
@@ -183,6 +185,14 @@ class Supervisor:
         known = self.states()
         for name in names:
             self._change("stopProcess", known[name], wait)
+
+    def await_stopped(self, names: Set[str], wait_s: float) -> None:
+        """Until none of the processes runs. Raises ClusterError after `wait_s`."""
+        deadline_s = time.monotonic() + wait_s
+        while running := [state.name for state in self.states().values() if state.name in names and state.pid]:
+            if time.monotonic() > deadline_s:
+                raise ClusterError(f"these don't stop: {', '.join(running)}")
+            time.sleep(STOPPED_POLL_S)
 
     def _change(self, method: str, process: ProcessState, wait: bool = False) -> None:
         try:

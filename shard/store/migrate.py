@@ -1,10 +1,15 @@
 """Numbered migrations of a shard's database, under a lock, each in a transaction of its own.
 
-A migration's file name starts with its number; `version` of a database is the number of the last one applied.
+A migration's file name starts with its number; `version` of a database is the number of the last one applied. What was applied
+stays applied, so a run that was cut off is taken up again by the next.
+
+Migrations are made for a shard that takes payments meanwhile: none waits for a lock longer than LOCK_TIMEOUT_MS, because
+whoever comes after it in the lock's queue would wait too; it is tried again instead.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,14 +17,36 @@ from importlib import resources
 
 import asyncpg
 
+from oncepay.errors import OncepayError
+from oncepay.settings import PostgresSettings
+
 ROLES: dict[str, str] = {
     "oncepay_router": "login connection limit 60",
     "oncepay_worker": "login replication connection limit 20",
     "oncepay_aggregator": "login connection limit 10",
     "oncepay_operator": "login connection limit 10",
     "oncepay_reader": "login connection limit 20",
+    "oncepay_mover": "login replication connection limit 20",
+    "oncepay_backup": "login replication connection limit 8",
 }
+LOCK_TIMEOUT_MS = 1_000
+TRIES_MAX = 30
+PAUSE_S = 1.0
 _LOCK = 0x6F6E6365
+
+
+class MigrationBlocked(OncepayError):
+    """A migration can't be applied now."""
+
+    status = 409
+    slug = "migration-blocked"
+
+
+class SchemaNewer(OncepayError):
+    """The database was migrated by a newer version of Oncepay."""
+
+    status = 409
+    slug = "schema-newer"
 
 
 def migrations() -> list[tuple[int, str, str]]:
@@ -32,10 +59,16 @@ def migrations() -> list[tuple[int, str, str]]:
 LATEST = max(number for number, _, _ in migrations())
 
 
+def passwords_of(postgres: PostgresSettings) -> dict[str, str]:
+    """The password of each role, as the settings have them; empty where they have none."""
+    return {role: getattr(postgres, f"{role.removeprefix('oncepay_')}_password") for role in ROLES}
+
+
 async def migrate(dsn: str, *, shard: str, ranges: Sequence[tuple[int, int]], passwords: Mapping[str, str]) -> list[str]:
     """Bring the database that `dsn` names (as superuser) up to date; the names of the migrations that were applied.
 
-    Makes the roles and sets their passwords; a fresh database becomes `shard`, owner of `ranges` at map version 1.
+    Makes the roles and sets their passwords; a fresh database becomes `shard`, owner of `ranges` at map version 1. Raises
+    MigrationBlocked when others hold what a migration needs, SchemaNewer; what was applied until then stays.
     """
     connection = await asyncpg.connect(dsn)
     try:
@@ -49,22 +82,45 @@ async def migrate(dsn: str, *, shard: str, ranges: Sequence[tuple[int, int]], pa
         await connection.execute(
             "grant usage on schema oncepay_meta to public; grant select on oncepay_meta.migrations to public"
         )
-        applied = {row["number"] for row in await connection.fetch("select number from oncepay_meta.migrations")}
         done = []
-        for number, name, sql in migrations():
-            if number not in applied:
-                await _apply(connection, number, name, sql)
-                done.append(name)
+        for number, name, sql in await _missing(connection):
+            await _apply(connection, number, name, sql)
+            done.append(name)
         await _identify(connection, shard, ranges)
         return done
     finally:
         await connection.close()
 
 
+async def pending(connection: asyncpg.Connection) -> list[str]:
+    """The names of the migrations that `migrate` would apply. Raises SchemaNewer."""
+    if await version(connection) == 0:
+        return [name for _, name, _ in migrations()]
+    return [name for _, name, _ in await _missing(connection)]
+
+
+async def _missing(connection: asyncpg.Connection) -> list[tuple[int, str, str]]:
+    applied = {row["number"] for row in await connection.fetch("select number from oncepay_meta.migrations")}
+    if newer := [number for number in applied if number > LATEST]:
+        raise SchemaNewer(
+            f"the database is at migration {max(newer)}, this code knows {LATEST}: use the newer version of Oncepay"
+        )
+    return [item for item in migrations() if item[0] not in applied]
+
+
 async def _apply(connection: asyncpg.Connection, number: int, name: str, sql: str) -> None:
-    async with connection.transaction():
-        await connection.execute(sql)
-        await connection.execute("insert into oncepay_meta.migrations (number, name) values ($1, $2)", number, name)
+    for left in reversed(range(TRIES_MAX)):
+        try:
+            async with connection.transaction():
+                await connection.execute(f"set local lock_timeout = {LOCK_TIMEOUT_MS}")
+                await connection.execute(sql)
+                await connection.execute("insert into oncepay_meta.migrations (number, name) values ($1, $2)", number, name)
+            return
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
+            if left == 0:
+                advice = "look for long transactions (pg_stat_activity), and call again"
+                raise MigrationBlocked(f"{name} got no lock in {TRIES_MAX} tries: {advice}") from error
+        await asyncio.sleep(PAUSE_S)
 
 
 async def _make_roles(connection: asyncpg.Connection, passwords: Mapping[str, str]) -> None:

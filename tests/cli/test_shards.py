@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from cli.common import UNREACHABLE, USAGE, WRONG
-from cli.shards import differing, shards
+from cli.shards import shards
+from cli.shards.check_cache import differing
 from deploy.local import Cluster
 
 

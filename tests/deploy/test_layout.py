@@ -99,3 +99,13 @@ def test_other_books_are_refused(tmp_path: Path) -> None:
     home.remember(Memory(9000, ("s0",), made=("s0",)))
     with pytest.raises(WrongHome, match="another Stripe account"):
         Cluster(home.home).up(stripe_key_file=key)
+
+
+def test_shards_keep_their_numbers_when_one_before_them_is_removed() -> None:
+    memory = Memory(9000, ("s0", "s1", "s2"), made=("s0", "s1", "s2"))
+    assert memory.numbers == {"s0": 0, "s1": 1, "s2": 2}
+    memory = memory.without_shard("s1")
+    assert (memory.shards, memory.made) == (("s0", "s2"), ("s0", "s2"))
+    assert memory.numbers == {"s0": 0, "s2": 2}
+    memory = memory.with_shard("s3").with_shard("s4")
+    assert memory.numbers == {"s0": 0, "s2": 2, "s3": 1, "s4": 3}

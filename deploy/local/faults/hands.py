@@ -64,7 +64,7 @@ class Hands:
         memory = cluster.layout.memory()
         if memory is None or shard not in memory.shards:
             raise FaultFailed(f"there is no shard {shard} in {cluster.home}")
-        self._number = memory.shards.index(shard)
+        self._number = memory.numbers[shard]
         self.names = node_names(shard)
         self._settings = cluster.settings
         self._ports = cluster.ports

@@ -1,4 +1,4 @@
-"""`oncepay shards`: what belongs to single shards."""
+"""`oncepay shards check-cache`: the workers' pending caches beside the tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.common import WRONG, fail, handle_errors, home, output_option
-from cli.resnapshot import resnapshot
 from oncepay.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -28,20 +27,7 @@ ANSWER_S = 30.0
 SHOWN_MAX = 50
 
 
-@click.group(short_help="Look after single shards.")
-def shards() -> None:
-    """Look after single shards.
-
-    \b
-    Example:
-      oncepay shards check-cache
-    """
-
-
-shards.add_command(resnapshot)
-
-
-@shards.command("check-cache", short_help="Compare the workers' pending caches with the tables.")
+@click.command("check-cache", short_help="Compare the workers' pending caches with the tables.")
 @click.option("--wait", "wait_s", type=click.FloatRange(0, 600), default=WAIT_S, show_default=True, metavar="SECONDS",
               help="How long a difference has to last to count.")  # fmt: skip
 @output_option
@@ -85,7 +71,9 @@ async def _check(status: Status, token: str, wait_s: float) -> tuple[int, list[d
     timeout = aiohttp.ClientTimeout(total=ANSWER_S)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as http:
-        results = await asyncio.gather(*(_check_shard(http, status, shard.name, shard.dsn, wait_s) for shard in status.shards))
+        results = await asyncio.gather(
+            *(_check_shard(http, status, shard.name, shard.dsn, wait_s) for shard in status.shards if not shard.restored)
+        )
     return sum(pending for pending, _ in results), [item for _, found in results for item in found]
 
 

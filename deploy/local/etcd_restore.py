@@ -1,0 +1,107 @@
+"""The local cluster's etcd, made anew from a snapshot.
+
+What a snapshot remembers is old. What must not be believed of it, and what is done instead:
+
+- who leads a shard, and who may be elected: forgotten, and of each shard the node with the most log is started first
+- whatever else has to be forgotten is the caller's to do (`prepare`), while nothing but etcd runs
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deploy import etcd_snapshot, processes, programs
+from deploy.furthest import LogEnd, furthest, log_end
+from deploy.local.errors import ClusterError
+from deploy.local.etcd import Gateway
+from deploy.local.layout import Layout
+from deploy.local.parts import Plan, node_names
+from deploy.local.ports import ETCD_MEMBERS
+
+START_S = 60.0
+STOP_S = 10.0
+POLL_S = 0.1
+FORGOTTEN = ("leader", "sync", "status", "failsafe", "failover", "history", "members/")
+"""Of Patroni's keys of a shard; what stays are its configuration and the id of its data."""
+
+
+def members_of(plan: Plan) -> dict[str, int]:
+    return {f"etcd-{n + 1}": n for n in range(ETCD_MEMBERS)}
+
+
+def make_data(plan: Plan, snapshot: Path) -> Path:
+    """All members' data out of the snapshot; where what they had was put. Raises SnapshotFailed."""
+    layout = plan.layout
+    members = members_of(plan)
+    peers = {name: f"http://127.0.0.1:{plan.ports.etcd_peer(n)}" for name, n in members.items()}
+    initial = ",".join(f"{name}={url}" for name, url in peers.items())
+    made = layout.home / "etcd.new"
+    shutil.rmtree(made, ignore_errors=True)
+    for name in members:
+        etcd_snapshot.make_member(
+            snapshot, made / name, name=name, peer_url=peers[name], initial_cluster=initial, token=str(plan.ports.base)
+        )
+    kept = layout.home / f"etcd.before-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}"
+    (layout.home / "etcd").rename(kept)
+    made.rename(layout.home / "etcd")
+    return kept
+
+
+@contextmanager
+def only_etcd(plan: Plan) -> Iterator[Gateway]:
+    """The members alone, as children of this process, until the block ends. Raises ClusterError when they don't come up."""
+    running = []
+    try:
+        for program in plan.programs():
+            if program.part == "etcd":
+                marks = {processes.CLUSTER_ENV: str(plan.layout.home), processes.PROCESS_ENV: program.name}
+                environment = {**os.environ, **program.environment, **marks}
+                with open(plan.layout.log(program.name), "ab") as log:
+                    running.append(
+                        subprocess.Popen(program.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+                    )
+        gateway = Gateway(plan.settings.etcd.endpoints)
+        deadline_s = time.monotonic() + START_S
+        while not gateway.is_decided():
+            if time.monotonic() > deadline_s or any(process.poll() is not None for process in running):
+                raise ClusterError(f"etcd didn't come up from the snapshot: see {plan.layout.log('etcd-1')}")
+            time.sleep(POLL_S)
+        yield gateway
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def forget_leaders(plan: Plan, gateway: Gateway) -> None:
+    """Everything that Patroni must not believe of an old snapshot."""
+    for shard in plan.shards:
+        for key in FORGOTTEN:
+            gateway.delete_prefix(f"{plan.settings.etcd.prefix}/patroni/{shard}/{key}")
+
+
+def first_nodes(layout: Layout, shards: tuple[str, ...], report: Callable[[str], None]) -> tuple[str, ...]:
+    """Of each shard the node with the most log; the nodes must be stopped. Raises NoLog."""
+    bin_dir = programs.postgres_bin()
+    found = []
+    for shard in shards:
+        ends: dict[str, LogEnd] = {}
+        for node in node_names(shard):
+            if (layout.node(node) / "data" / "pg_wal").is_dir():
+                ends[node] = log_end(layout.node(node) / "data", bin_dir)
+        if ends:
+            found.append(first := furthest(ends))
+            report(f"{first} has the most log of shard {shard}: it leads first")
+    return tuple(found)

@@ -1,0 +1,86 @@
+"""What a shard's leader knows of itself: for operators and for `oncepay doctor`. Reads only, in the operator's role."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import asyncpg
+import msgspec
+
+from oncepay.errors import ShardUnavailable
+from oncepay.settings import PostgresSettings
+
+ASK_S = 10.0
+ROLE = "oncepay_operator"
+_SQL = (resources.files("shard.store") / "sql" / "facts.sql").read_text()
+
+
+class StandbyFacts(msgspec.Struct, frozen=True):
+    """A member that streams; `behind_bytes` is what it hasn't flushed yet."""
+
+    node: str
+    state: str
+    sync_state: str
+    behind_bytes: int | None
+
+
+class SlotFacts(msgspec.Struct, frozen=True):
+    """A replication slot; `kept_bytes` of the log are kept for it. `confirmed` is a logical slot's position, in bytes."""
+
+    slot: str
+    type: str
+    active: bool
+    wal_status: str | None
+    confirmed: int | None
+    kept_bytes: int | None
+
+
+class ArchiveFacts(msgspec.Struct, frozen=True):
+    """The archive of the log. `failing`: the last try failed."""
+
+    mode: str
+    archived: int
+    last: str | None
+    last_at: str | None
+    failed: int
+    failing: bool | None
+    last_failed: str | None
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """One shard. `ranges` are those that its own table has, which is the last word; `migration` is the last one applied.
+
+    `flushed` is the position of the log's end, in bytes.
+    """
+
+    shard: str
+    incarnation: str
+    migration: int
+    ranges: list[tuple[int, int]]
+    map_version: int | None
+    worker_epoch: int
+    flushed: int
+    in_recovery: bool
+    database_bytes: int
+    payments_estimate: int
+    synchronous_standby_names: str
+    slot_wal_limit_bytes: int
+    standbys: list[StandbyFacts]
+    slots: list[SlotFacts]
+    archive: ArchiveFacts
+    longest_transaction_s: float
+
+
+async def facts(host: str, port: int, postgres: PostgresSettings) -> Facts:
+    """Ask the leader at that address. Raises ShardUnavailable."""
+    try:
+        connection = await asyncpg.connect(
+            host=host, port=port, user=ROLE, password=postgres.operator_password, database=postgres.database, timeout=ASK_S
+        )
+        try:
+            text = await connection.fetchval(_SQL, timeout=ASK_S)
+        finally:
+            connection.terminate()
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise ShardUnavailable(f"the leader at {host}:{port} can't be asked: {error!r}") from error
+    return msgspec.json.decode(text, type=Facts)

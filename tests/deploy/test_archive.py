@@ -1,0 +1,87 @@
+"""The archive of a log: whole files, never replaced, compared when they come again; and verified base backups."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy import archive
+from deploy.archive import compress, get, holds, put
+from deploy.backup import position, segment_name
+from deploy.furthest import LogEnd, furthest
+
+
+@given(st.binary(max_size=4096))
+def test_what_is_archived_is_a_gzip_file_that_knows_its_content(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("one") / "file"
+    path.write_bytes(compress(data))
+    assert gzip.decompress(compress(data)) == data
+    assert holds(str(path), data)
+    assert not holds(str(path), data + b"x")
+
+
+def test_put_and_get(tmp_path: Path) -> None:
+    folder, source, target = tmp_path / "wal", tmp_path / "segment", tmp_path / "fetched"
+    source.write_bytes(b"log" * 1000)
+    assert put(str(folder), str(source), "0001") == 0, "without the folder nothing is archived"
+    folder.mkdir()
+    assert get(str(folder), "0001", str(target)) == 1
+    assert put(str(folder), str(source), "0001") == 0
+    assert put(str(folder), str(source), "0001") == 0, "a standby brings the same again"
+    assert get(str(folder), "0001", str(target)) == 0
+    assert target.read_bytes() == source.read_bytes()
+    assert [path.name for path in folder.iterdir()] == ["0001.gz"]
+
+
+def test_another_file_of_that_name_is_refused_and_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one").write_bytes(b"one")
+    (tmp_path / "two").write_bytes(b"two")
+    folder = tmp_path / "wal"
+    folder.mkdir()
+    assert put(str(folder), str(tmp_path / "one"), "0001") == 0
+    assert put(str(folder), str(tmp_path / "two"), "0001") == 1
+    assert "nothing was replaced" in capsys.readouterr().err
+    assert gzip.decompress((folder / "0001.gz").read_bytes()) == b"one"
+
+
+def test_two_nodes_that_archive_the_same_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    source, folder = tmp_path / "segment", tmp_path / "wal"
+    source.write_bytes(b"log" * 1_000_000)
+    folder.mkdir()
+    command = [sys.executable, "-S", archive.__file__, "put", str(folder), str(source), "0001"]
+    running = [subprocess.Popen(command) for _ in range(4)]
+    assert [process.wait() for process in running] == [0] * 4
+    assert [path.name for path in folder.iterdir()] == ["0001.gz"]
+    assert gzip.decompress((folder / "0001.gz").read_bytes()) == source.read_bytes()
+
+
+@pytest.mark.parametrize("arguments", [["put"], ["move", "a", "b", "c"]])
+def test_wrong_usage(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-S", archive.__file__, *arguments], capture_output=True, check=False)
+    assert (done.returncode, done.stderr[:5]) == (2, b"usage")
+
+
+def test_positions_and_segments() -> None:
+    assert position("16/B374D848") == 0x16B374D848
+    assert segment_name(2, position("0/6000028")) == "000000020000000000000006"
+    assert segment_name(1, position("16/B374D848")) == "0000000100000016000000B3"
+    with pytest.raises(ValueError, match="no position"):
+        position("16:B3")
+
+
+ends = st.dictionaries(
+    st.sampled_from(["s0-1", "s0-2", "s0-3"]), st.builds(LogEnd, st.integers(1, 3), st.integers(0, 9)), min_size=1
+)
+
+
+@given(ends)
+def test_nobody_has_more_log_than_the_furthest(found: dict[str, LogEnd]) -> None:
+    first = furthest(found)
+    assert all(end <= found[first] for end in found.values())
+    assert first == min(node for node, end in found.items() if end == found[first])
