@@ -162,7 +162,7 @@ class Cluster:
             self._write(plan)
             try:
                 if plan.network is not None:
-                    plan.network.make(len(memory.shards))
+                    plan.network.make(max(memory.numbers.values()) + 1)
                 self.layout.make_socket_folder()
                 supervisor.start(self.layout)
                 BringUp(plan, memory, hooks or Hooks(), on_progress or (lambda _: None), timeout_s).run()
