@@ -284,7 +284,7 @@ async def test_the_api_document_names_every_call(http: aiohttp.ClientSession) ->
     document = await get(http, "/openapi.json")
     assert set(document["paths"]) == {
         "/v1/sellers/{seller}/revenue", "/v1/sellers/{seller}/balance", "/v1/buyers/{buyer}/orders", "/v1/sellers",
-        "/v1/totals", "/v1/positions", *payout_paths(),
+        "/v1/totals", "/v1/positions", "/v1/payments/{payment}/history", *payout_paths(),
     }  # fmt: skip
     await post(http, history_of(1).whole())
     body = await get(http, "/v1/sellers/ann/revenue?currency=usd")
