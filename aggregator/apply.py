@@ -143,6 +143,14 @@ async def add_sums(connection: asyncpg.Connection, shard: str, sums: Sums) -> No
         [total.debit for _, total in accounts],
         [total.credit for _, total in accounts],
     )
+    of_days = sorted(sums.account_days.items())
+    await connection.execute(
+        SQL["add_account_days"],
+        shard,
+        *([key[i] for key, _ in of_days] for i in range(4)),
+        [total.debit for _, total in of_days],
+        [total.credit for _, total in of_days],
+    )
     kinds = sorted(sums.kinds.items())
     await connection.execute(
         SQL["add_kind_totals"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import datetime as dt
+from typing import TypeVar
 
 import msgspec
 
@@ -22,13 +23,19 @@ class Cursor(msgspec.Struct, frozen=True, array_like=True):
         return base64.urlsafe_b64encode(msgspec.msgpack.encode(self)).decode().rstrip("=")
 
 
-_decoder = msgspec.msgpack.Decoder(Cursor)
+class EntryCursor(Cursor, frozen=True, array_like=True):
+    """The last entry of a statement's page."""
+
+    entry_id: str
 
 
-def decode(text: str) -> Cursor:
+C = TypeVar("C", bound=Cursor)
+
+
+def decode(text: str, kind: type[C]) -> C:
     """The cursor that a client sent back. Raises InvalidField when it is none of ours."""
     try:
-        cursor = _decoder.decode(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
+        cursor = msgspec.msgpack.decode(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True), type=kind)
     except (ValueError, binascii.Error, msgspec.DecodeError):
         raise InvalidField("this is not a cursor that an earlier page gave", field="cursor") from None
     if cursor.created_at.tzinfo is None:

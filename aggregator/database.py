@@ -1,4 +1,5 @@
-"""Connections to the aggregator's Postgres: a few for feeds, others for readers, so that neither starves the other."""
+"""Connections to the aggregator's Postgres: a few for feeds, others for readers, others for work in the background, so that
+none starves another."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ import asyncpg
 from aggregator import migrate
 from oncepay.errors import TooBusy, Unavailable
 
-Use = Literal["feed", "read"]
+Use = Literal["feed", "read", "work"]
 
-CONNECTIONS: dict[Use, int] = {"feed": 6, "read": 10}
+CONNECTIONS: dict[Use, int] = {"feed": 6, "read": 10, "work": 6}
 ACQUIRE_S = 5.0
 """How long a request waits for a connection before it is told that too much is waiting."""
 READ_STATEMENT_S = 10
-"""A reader's statement may run this long. A feed's has no limit: it is never cut off in its commit."""
+"""A reader's statement may run this long. A feed's has no limit: it is never cut off in its commit. Nor has one of `work`."""
 IDLE_S = 60.0
 
 
@@ -42,7 +43,7 @@ _TRANSIENT = (
 
 
 class Database:
-    """Two pools that connect when they are first used.
+    """Pools that connect when they are first used.
 
     async with Database(dsn) as database:
         async with database.snapshot() as connection:

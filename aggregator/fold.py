@@ -14,6 +14,9 @@ from typing import Protocol
 from oncepay.cart import PLATFORM_SELLER
 from oncepay.ledger import PLATFORM_FEES
 
+SELLER_ACCOUNTS = "seller:*:payable"
+"""All sellers' accounts, where they are shown as one."""
+
 _DAY_US = 86_400_000_000
 _EPOCH_DAY = dt.date(1970, 1, 1).toordinal()
 
@@ -69,10 +72,12 @@ class KindTotal:
 
 @dataclass(slots=True)
 class Sums:
-    """The fold's state; its keys are (seller, currency, day), (account, currency) and (kind, currency)."""
+    """The fold's state; its keys are (seller, currency, day), (account, currency), (account, currency, day, kind) and
+    (kind, currency)."""
 
     seller_days: dict[tuple[str, str, dt.date], SellerDay] = field(default_factory=dict)
     accounts: dict[tuple[str, str], AccountTotal] = field(default_factory=dict)
+    account_days: dict[tuple[str, str, dt.date, str], AccountTotal] = field(default_factory=dict)
     kinds: dict[tuple[str, str], KindTotal] = field(default_factory=dict)
 
 
@@ -92,16 +97,22 @@ def fold(entries: Iterable[EntryLike]) -> Sums:
 
 
 def _add_accounts(sums: Sums, entry: EntryLike) -> None:
-    currency, debits = entry.currency, 0
+    currency, day, debits = entry.currency, day_of(entry.created_at_us), 0
     for account, amount in zip(entry.accounts, entry.amounts, strict=True):
         total = sums.accounts.get((account, currency))
         if total is None:
             total = sums.accounts[account, currency] = AccountTotal()
+        name = SELLER_ACCOUNTS if account.startswith("seller:") and account.endswith(":payable") else account
+        of_day = sums.account_days.get((name, currency, day, entry.kind))
+        if of_day is None:
+            of_day = sums.account_days[name, currency, day, entry.kind] = AccountTotal()
         if amount > 0:
             total.debit += amount
+            of_day.debit += amount
             debits += amount
         else:
             total.credit -= amount
+            of_day.credit -= amount
     kind = sums.kinds.setdefault((entry.kind, currency), KindTotal())
     kind.entries += 1
     kind.amount += debits

@@ -11,6 +11,8 @@ from aggregator.database import Database
 from aggregator.feed import FeedDoor
 from aggregator.payouts import payouts
 from aggregator.positions import Reader
+from aggregator.reconcile.calls import ReconcileCalls
+from aggregator.reconcile.office import Office
 from oncepay.errors import SettingsError
 from oncepay.feed import FEED_BYTES_MAX
 from oncepay.service import Service, run
@@ -24,8 +26,11 @@ async def start(service: Service) -> AsyncIterator[None]:
         raise SettingsError("the settings name no aggregator_dsn")
     async with Database(settings.aggregator_dsn) as database:
         reader = Reader(database)
-        Api(reader).register(service)
+        Api(reader, hold_s=settings.payouts.hold_s).register(service)
         FeedDoor(database, reader, settings.internal_token).register(service)
+        office = Office(service, database)
+        ReconcileCalls(office, database).register(service)
+        service.spawn(office.daily(), "reconcile-daily")
         service.check("database", database.check)
         service.openapi(openapi.document())
         async with payouts(service, reader):

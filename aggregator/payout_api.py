@@ -55,7 +55,7 @@ class PayoutCalls:
         service.route("POST", "/v1/payouts/{key}/approve", self.approve, scope="operate")
         service.route("POST", "/v1/payouts/{key}/decline", self.decline, scope="operate")
         service.route("POST", "/v1/payouts/{key}/book", self.book, scope="operate")
-        service.route("GET", "/v1/sellers/{seller}/payouts", self.of_seller, scope="read")
+        service.route("GET", "/v1/sellers/{seller}/payouts", self.of_seller, scope="read", seller_member="seller")
 
     async def run(self, request: web.Request) -> web.Response:
         """POST /v1/payouts: a run. 201 when it made something, 200 when there was nothing to make."""
@@ -78,7 +78,7 @@ class PayoutCalls:
         if status is not None and status not in set(PayoutStatus):
             raise InvalidField(f"{status!r} is none of {', '.join(PayoutStatus)}", field="status")
         text, limit = query.cursor(), query.limit()
-        after = cursor.decode(text) if text is not None else None
+        after = cursor.decode(text, cursor.Cursor) if text is not None else None
         place = (after.created_at, after.key) if after else (None, None)
         async with self._reader.snapshot(query.min_position()) as (connection, positions):
             rows = await connection.fetch(SQL["list"], seller, currency, status, query.text("run"), *place, limit + 1)
@@ -89,7 +89,7 @@ class PayoutCalls:
         """GET /v1/sellers/{seller}/payouts"""
         query, seller = Query(request, "currency", "cursor", "limit"), path_id(request, "seller")
         text, limit = query.cursor(), query.limit()
-        after = cursor.decode(text) if text is not None else None
+        after = cursor.decode(text, cursor.Cursor) if text is not None else None
         place = (after.created_at, after.key) if after else (None, None)
         async with self._reader.snapshot(query.min_position()) as (connection, positions):
             rows = await connection.fetch(SQL["of_seller"], seller, query.currency(), *place, limit + 1)

@@ -29,17 +29,17 @@ class PositionNotReached(Unavailable):
     slug = "position-not-reached"
 
 
-def parse(text: str) -> dict[str, int]:
+def parse(text: str, field: str = "min_position") -> dict[str, int]:
     """`s0:0/1234,s1:0/5678` as shard → position; empty text is no wish. Raises InvalidField."""
     wanted: dict[str, int] = {}
     for part in text.split(",") if text else ():
         shard, colon, lsn = part.strip().rpartition(":")
         if not colon or not shard or len(wanted) >= SHARDS_MAX:
-            raise InvalidField(f"{part!r} is not shard:X/Y", field="min_position")
+            raise InvalidField(f"{part!r} is not shard:X/Y", field=field)
         try:
             wanted[shard] = max(parse_lsn(lsn), wanted.get(shard, 0))
         except ValueError as error:
-            raise InvalidField(str(error), field="min_position") from None
+            raise InvalidField(str(error), field=field) from None
     return wanted
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import asyncpg
 import msgspec
 
 from aggregator import queries
 from aggregator.cursor import Cursor
+from aggregator.fold import SELLER_ACCOUNTS
 from aggregator.views import (
     AccountSum,
     Balance,
@@ -19,39 +22,103 @@ from aggregator.views import (
     Order,
     OrderFailure,
     OrderItem,
+    ProfitRow,
     RevenueRow,
     SellerSum,
+    TrialAccount,
+    TrialCurrency,
 )
+from oncepay.errors import InvalidField
 from oncepay.ledger import PLATFORM_FEES, STRIPE_FEES, payable
 
 SQL = queries.load("read.sql")
-SELLER_ACCOUNTS = "seller:*:payable"
 
 _items = msgspec.json.Decoder(list[OrderItem])
 _failure = msgspec.json.Decoder(OrderFailure)
 
 
-async def revenue(
-    connection: asyncpg.Connection,
-    seller: str,
-    currency: str,
-    first: dt.date | None,
-    last: dt.date | None,
-    interval: Interval | None,
-) -> list[RevenueRow]:
-    """Revenue of the days from `first` to `last`, both inclusive (None: all)."""
+UTC = "UTC"
+_ANY_DAY = dt.date(2000, 1, 1)
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Days from `first` to `last`, both inclusive (None: all), cut into intervals (None: one row) of a time zone.
+
+    A page has at most `limit` rows.
+    """
+
+    first: dt.date | None
+    last: dt.date | None
+    interval: Interval | None
+    limit: int
+    timezone: str = UTC
+
+
+async def revenue(connection: asyncpg.Connection, seller: str, currency: str, span: Span) -> tuple[list[RevenueRow], str | None]:
+    """A page of revenue, and where the next page begins. Raises InvalidField for a time zone that isn't known."""
+    first, last, interval = span.first, span.last, span.interval
+    if span.timezone != UTC:
+        with known_zone():
+            await connection.fetchval(SQL["day_begins"], _ANY_DAY, span.timezone)  # also where there is no row to place
+            rows = await connection.fetch(
+                SQL["revenue_zoned"], seller, currency, first, last, interval or "", span.limit + 1, span.timezone
+            )
+        return _page([RevenueRow(*row) for row in rows], span.limit)
     if interval is not None:
-        rows = await connection.fetch(SQL["revenue_by"], seller, currency, first, last, interval)
-        return [RevenueRow(*row) for row in rows]
+        rows = await connection.fetch(SQL["revenue_by"], seller, currency, first, last, interval, span.limit + 1)
+        return _page([RevenueRow(*row) for row in rows], span.limit)
     first_day, *sums = await connection.fetchrow(SQL["revenue_whole"], seller, currency, first, last)
     begins = first or first_day
-    return [RevenueRow(begins, *sums)] if begins is not None else []
+    return ([RevenueRow(begins, *sums)] if begins is not None else []), None
 
 
-async def balance(connection: asyncpg.Connection, seller: str) -> list[Balance]:
-    """What is on the seller's account, in each currency that it ever had."""
-    rows = await connection.fetch(SQL["balance"], payable(seller))
-    return [Balance(currency, int(credit - debit), int(credit), int(debit)) for currency, debit, credit in rows]
+Row = TypeVar("Row", RevenueRow, ProfitRow)
+
+
+def _page(rows: list[Row], limit: int) -> tuple[list[Row], str | None]:
+    return rows[:limit], rows[limit].from_.isoformat() if len(rows) > limit else None
+
+
+@contextlib.contextmanager
+def known_zone() -> Iterator[None]:
+    """Raises InvalidField where the database doesn't know the time zone."""
+    try:
+        yield
+    except asyncpg.InvalidParameterValueError as error:
+        raise InvalidField(str(error), field="timezone") from None
+
+
+async def balance(connection: asyncpg.Connection, seller: str, held_since: dt.datetime) -> list[Balance]:
+    """What is on the seller's account, in each currency that it ever had. Payments from `held_since` on are pending."""
+    rows = await connection.fetch(SQL["balance"], payable(seller), seller, held_since)
+    return [_balance(currency, int(debit), int(credit), int(pending)) for currency, debit, credit, pending in rows]
+
+
+def _balance(currency: str, debit: int, credit: int, pending: int) -> Balance:
+    owed = credit - debit
+    return Balance(currency, owed, credit, debit, pending, owed - pending)
+
+
+async def trial_balance(connection: asyncpg.Connection, currency: str | None, at: Mapping[str, int]) -> list[TrialCurrency]:
+    """All accounts by currency, where each shard of `at` was at that position; the others as they are."""
+    rows = await connection.fetch(SQL["trial_balance"], list(at), list(at.values()), currency)
+    found: dict[str, list[TrialAccount]] = {}
+    for account, code, debit, credit in rows:
+        found.setdefault(code, []).append(TrialAccount(account, int(debit), int(credit), int(debit - credit)))
+    return [
+        TrialCurrency(code, accounts, sum(account.debit for account in accounts), sum(account.credit for account in accounts))
+        for code, accounts in found.items()
+    ]
+
+
+async def profit(connection: asyncpg.Connection, currency: str, span: Span) -> tuple[list[ProfitRow], str | None]:
+    """A page of the platform's profit, and where the next page begins."""
+    rows = await connection.fetch(SQL["profit"], currency, span.first, span.last, span.interval or "", span.limit + 1)
+    made = []
+    for day, *sums in rows:
+        fees, stripe, tipalti, other, disputed = map(int, sums)
+        made.append(ProfitRow(day, fees, stripe, tipalti, other, disputed, fees - stripe - tipalti - other))
+    return _page(made, span.limit)
 
 
 async def orders(

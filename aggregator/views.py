@@ -25,22 +25,32 @@ class RevenueRow(msgspec.Struct, frozen=True, rename={"from_": "from"}):
 
 
 class Revenue(msgspec.Struct, frozen=True):
-    """A seller's revenue. Without an interval there is one row for the whole (none when nothing was ever sold)."""
+    """A seller's revenue. Without an interval there is one row for the whole (none when nothing was ever sold).
+
+    `cursor` gives the next page; null on the last one. Days, weeks and months are those of `timezone`.
+    """
 
     seller: str
     currency: str
     interval: Interval | None
     rows: list[RevenueRow]
     positions: Positions
+    timezone: str = "UTC"
+    cursor: str | None = None
 
 
 class Balance(msgspec.Struct, frozen=True):
-    """What a seller is owed in one currency: credited less debited, in minor units; it may be negative."""
+    """What a seller is owed in one currency: credited less debited, in minor units; it may be negative.
+
+    `pending` is what payments of the hold time (setting `payouts.hold_s`) brought; `payable` is the rest of the balance.
+    """
 
     currency: str
     balance: int
     credited: int
     debited: int
+    pending: int = 0
+    payable: int = 0
 
 
 class SellerBalance(msgspec.Struct, frozen=True):
@@ -171,3 +181,84 @@ class PositionsView(msgspec.Struct, frozen=True):
     """How far each shard's feed is applied."""
 
     positions: Positions
+
+
+class StatementEntry(msgspec.Struct, frozen=True):
+    """One change of what the seller is owed, and the balance after it, in minor units. `at` in UTC (RFC 3339)."""
+
+    at: str
+    key: str
+    entry: str
+    kind: str
+    amount: int
+    balance: int
+
+
+class Statement(msgspec.Struct, frozen=True, rename={"from_": "from"}):
+    """What a seller was owed before, what changed it, what it is owed after: closing = opening + entries.
+
+    Pages and consecutive statements chain: one's closing balance is the next one's opening balance. `final` says that no
+    entry can come into it any more, as long as the feeds aren't behind. `cursor` gives the next page; null on the last one.
+    """
+
+    seller: str
+    currency: str
+    timezone: str
+    from_: dt.date | None
+    to: dt.date | None
+    opening_balance: int
+    entries: list[StatementEntry]
+    closing_balance: int
+    final: bool
+    cursor: str | None
+    positions: Positions
+
+
+class TrialAccount(msgspec.Struct, frozen=True):
+    """An account's debits and credits in minor units; `balance` is debit less credit."""
+
+    account: str
+    debit: int
+    credit: int
+    balance: int
+
+
+class TrialCurrency(msgspec.Struct, frozen=True):
+    """One currency's accounts. `debit` and `credit` are the columns' sums: they are equal."""
+
+    currency: str
+    accounts: list[TrialAccount]
+    debit: int
+    credit: int
+
+
+class TrialBalance(msgspec.Struct, frozen=True):
+    """Every account's debits and credits at `positions`."""
+
+    currencies: list[TrialCurrency]
+    positions: Positions
+
+
+class ProfitRow(msgspec.Struct, frozen=True, rename={"from_": "from"}):
+    """The platform's profit from the day `from` (UTC) on, in minor units: fees - stripe_fees - tipalti_fees - stripe_other.
+
+    `fees` is less what refunds gave back. Stripe's fees include those of disputes; `disputed` is what sellers bore of them.
+    """
+
+    from_: dt.date
+    fees: int
+    stripe_fees: int
+    tipalti_fees: int
+    stripe_other: int
+    disputed: int
+    profit: int
+
+
+class Profit(msgspec.Struct, frozen=True):
+    """What the platform earned in one currency. `cursor` gives the next page; null on the last one."""
+
+    currency: str
+    interval: Interval | None
+    rows: list[ProfitRow]
+    positions: Positions
+    cursor: str | None = None

@@ -13,6 +13,7 @@ import msgspec
 
 from cli.common import handle_errors, home, output_option
 from oncepay.apikeys import PREFIX, SCOPES, ApiKey, digest, new_key
+from oncepay.cart import SELLER_LENGTH_MAX
 from oncepay.errors import OncepayError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def apikeys() -> None:
     type=click.FloatRange(0),
     help="Payments a second of one slot to a router; 0: any; else the setting.",
 )
+@click.option("--seller", default="", help="A seller's own key: it reads what is derived of that one seller, nothing else.")
 @config_option
 @dry_run_option
 @output_option
@@ -74,6 +76,7 @@ def create(
     scopes: tuple[str, ...],
     rate_limit: float,
     slot_rate_limit: float | None,
+    seller: str,
     config: str | None,
     dry_run: bool,
     output: str,
@@ -83,11 +86,17 @@ def create(
     \b
     Example:
       oncepay apikeys create shop --scope pay --scope read --rate-limit 100 > shop.key
+      oncepay apikeys create seller-42 --seller 42 > seller-42.key
     """
+    if seller and set(scopes) - {"read"}:
+        raise click.UsageError("a seller's own key has the scope read alone")
+    if len(seller) > SELLER_LENGTH_MAX or not seller.isprintable():
+        raise click.UsageError(f"a seller's id has 1 to {SELLER_LENGTH_MAX} printable characters")
     if not 1 <= len(name) <= NAME_LENGTH_MAX or not name.isprintable():
         raise click.UsageError(f"a name has 1 to {NAME_LENGTH_MAX} printable characters")
-    granted = tuple(scope for scope in SCOPES if scope in scopes or not scopes)
-    record = ApiKey(name, granted, rate_limit, slot_rate_limit, time.time_ns() // 1_000_000)
+    wanted = ("read",) if seller else scopes
+    granted = tuple(scope for scope in SCOPES if scope in wanted or not wanted)
+    record = ApiKey(name, granted, rate_limit, slot_rate_limit, time.time_ns() // 1_000_000, seller)
     key = new_key()
     _with_etcd(config, lambda etcd: _store(etcd, digest(key), record, dry_run=dry_run))
     if output == "json":
@@ -178,6 +187,7 @@ def _shown(record: ApiKey) -> dict[str, Any]:
         "scopes": list(record.scopes),
         "rate_limit_per_s": record.rate_limit_per_s,
         "slot_rate_limit_per_s": record.slot_rate_limit_per_s,
+        "seller": record.seller or None,
         "created_at": made.isoformat(timespec="seconds").replace("+00:00", "Z") if record.created_at_ms else None,
     }
 
@@ -185,7 +195,8 @@ def _shown(record: ApiKey) -> dict[str, Any]:
 def _limits(record: ApiKey) -> str:
     text = f", {record.rate_limit_per_s:g} calls a second" if record.rate_limit_per_s else ""
     slots = record.slot_rate_limit_per_s
-    return text + (f", {slots:g} payments a second of a slot" if slots else "")
+    text += f", {slots:g} payments a second of a slot" if slots else ""
+    return text + (f", of the seller {record.seller} alone" if record.seller else "")
 
 
 def _with_etcd(config: str | None, work: Callable[[Etcd], Coroutine[Any, Any, Any]]) -> Any:

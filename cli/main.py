@@ -27,6 +27,7 @@ COMMANDS = {
     "shards": Entry("cli.shards", "shards", "Look after single shards."),
     "config": Entry("cli.config", "config", "Show and check the settings."),
     "doctor": Entry("cli.doctor", "doctor", "Say what is wrong here, and what to do."),
+    "reconcile": Entry("cli.reconcile", "reconcile", "Compare Stripe's books with ours, both ways."),
     "verify": Entry("cli.verify", "verify", "Check every promise from outside, row by row."),
     "chaos": Entry("cli.chaos", "chaos", "Break something on purpose, and see that nothing is lost."),
     "demo": Entry("cli.demo", "demo", "Replay 6,919 real purchases on a cluster of its own, and verify."),

@@ -35,7 +35,8 @@ class ApiKey(msgspec.Struct, frozen=True):
     """One key's record. `rate_limit_per_s` holds for each process that the key calls; 0 is no limit.
 
     `slot_rate_limit_per_s` is how often it may submit payments of one slot, in each router: None is the deployment's
-    setting, 0 no limit. `created_at_ms` in milliseconds since 1970, 0 where it isn't known.
+    setting, 0 no limit. `created_at_ms` in milliseconds since 1970, 0 where it isn't known. A key with a `seller` is that
+    seller's own: only what a route shows of that one seller is open to it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ApiKey(msgspec.Struct, frozen=True):
     rate_limit_per_s: float = 0.0
     slot_rate_limit_per_s: float | None = None
     created_at_ms: int = 0
+    seller: str = ""
 
 
 NO_AUTH = ApiKey("anonymous")

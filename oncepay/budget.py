@@ -23,7 +23,7 @@ from oncepay.etcd.types import KeyValue
 from oncepay.logs import get_logger
 from oncepay.settings import StripeSettings
 
-Role = Literal["router", "worker"]
+Role = Literal["router", "worker", "aggregator"]
 
 PREFIX = "budget/"
 LEASE_TTL_S = 10
@@ -38,13 +38,16 @@ WAIT_MAX_S = 20.0
 RETRY_S = 1.0
 
 WEIGHTS: Mapping[str, Mapping[Role, float]] = {
-    "create": {"router": 4, "worker": 1},
-    "confirm": {"router": 4, "worker": 1},
-    "retrieve": {"router": 1, "worker": 1},
-    "list": {"router": 1, "worker": 2},
-    "other": {"router": 2, "worker": 1},
+    "create": {"router": 4, "worker": 1, "aggregator": 0},
+    "confirm": {"router": 4, "worker": 1, "aggregator": 0},
+    "retrieve": {"router": 1, "worker": 1, "aggregator": 0},
+    "list": {"router": 1, "worker": 2, "aggregator": 0},
+    "ledger": {"router": 0, "worker": 0, "aggregator": 1},
+    "other": {"router": 2, "worker": 1, "aggregator": 0.5},
 }
-"""Endpoint classes, and who gets how much of each."""
+"""Endpoint classes, and who gets how much of each. The aggregator is registered only while it reconciles."""
+LEDGER = ("balance_transactions", "payouts")
+"""Lists with a limit of their own, which only a reconciliation reads."""
 
 _log = get_logger("budget")
 
@@ -60,7 +63,9 @@ def endpoint_of(method: str, path: str) -> str:
         if method == "post":
             return "create" if len(parts) == 2 else "confirm" if parts[-1] == "confirm" else "other"
         return "list" if len(parts) == 2 else "retrieve"
-    return "list" if method == "get" and len(parts) == 2 else "other"
+    if method == "get" and len(parts) == 2:
+        return "ledger" if parts[1] in LEDGER else "list"
+    return "other"
 
 
 class BudgetShort(StripeUnavailable):

@@ -112,7 +112,7 @@ class Oncepay:
     ) -> None:
         self._router = router.rstrip("/")
         self._keygen = keygen.rstrip("/")
-        self._aggregator = aggregator.rstrip("/")
+        self._aggregator_url = aggregator.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._deadline_s = deadline_s
         self._connections = connections
@@ -216,8 +216,12 @@ class Oncepay:
     async def derived(self, path: str, **query: str | int) -> Any:
         """The aggregator's answer for `path` (as `/v1/sellers/s-4/revenue`), decoded."""
         text = "&".join(f"{name}={quote(str(value), safe='')}" for name, value in query.items())
-        answer = await self._call("GET", f"{self._aggregator}{path}{'?' + text if text else ''}")
+        answer = await self._call("GET", f"{self._aggregator_url}{path}{'?' + text if text else ''}")
         return json.loads(answer.body)
+
+    async def aggregator(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+        """The body of the aggregator's answer. A post that may have been done is repeated: use it where that is safe."""
+        return (await self._call(method, f"{self._aggregator_url}{path}", body)).body
 
     async def _payment(
         self,

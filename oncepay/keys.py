@@ -171,6 +171,11 @@ def funding_key(funding: str) -> str:
     return f"tipalti:{funding}"
 
 
+def transaction_key(transaction: str) -> str:
+    """The reserved key under which a balance transaction at Stripe is booked that no payment caused."""
+    return f"stripe:{transaction}"
+
+
 def _reserved_length(key: str) -> int:
     lower = key.lower()
     return max(len(prefix) for prefix in RESERVED_PREFIXES if lower.startswith(prefix))

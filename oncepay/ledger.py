@@ -12,6 +12,7 @@ from oncepay.cart import PLATFORM_SELLER, Share
 
 STRIPE_CLEARING = "stripe:clearing"
 STRIPE_FEES = "stripe:fees"
+STRIPE_OTHER = "stripe:other"
 REFUNDS_HELD = "refunds:held"
 TIPALTI_CLEARING = "tipalti:clearing"
 TIPALTI_FEES = "tipalti:fees"
@@ -196,3 +197,16 @@ def payout_by_hand_entry(currency: str, amount_minor: int, reference: str) -> En
         reference,
         (Posting(TIPALTI_CLEARING, amount_minor), Posting(BANK, -amount_minor)),
     )
+
+
+def transaction_entries(transaction: str, currency: str, amount_minor: int, fee_minor: int, *, bank: bool) -> tuple[Entry, ...]:
+    """A balance transaction that no payment caused: a payout to the `bank` (or one that came back), or one of Stripe's others.
+
+    `amount_minor` as Stripe signs it: what the account at Stripe gained, before `fee_minor`.
+    """
+    account, kind = (BANK, "bank_payout") if bank else (STRIPE_OTHER, "stripe_other")
+    moved = (Posting(STRIPE_CLEARING, amount_minor), Posting(account, -amount_minor))
+    entries = [Entry(f"{kind}:{transaction}", kind, currency, transaction, moved)] if amount_minor else []
+    if fee_minor:
+        entries.append(stripe_fee_entry(currency, transaction, fee_minor))
+    return tuple(entries)

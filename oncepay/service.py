@@ -34,7 +34,7 @@ from aiohttp import web
 
 from oncepay import logs, telemetry
 from oncepay.apikeys import NO_AUTH, PREFIX, ApiKey, Authenticator, Scope
-from oncepay.errors import MalformedBody, NotFound, OncepayError, SettingsError, Unavailable
+from oncepay.errors import Forbidden, MalformedBody, NotFound, OncepayError, SettingsError, Unavailable
 from oncepay.etcd import Etcd, Mirror
 from oncepay.settings import Settings, load
 from oncepay.web import MethodNotAllowed, decode, from_http_exception, json_response, problem_response
@@ -134,9 +134,13 @@ class Service:
 
     # What a service registers
 
-    def route(self, method: str, path: str, handler: Handler, *, scope: Scope | None = None) -> None:
-        """Serve `method path`; `scope` None makes it public (health, webhooks that carry a signature)."""
-        wrapped = self._wrap(handler, telemetry.RequestMetrics(method, path), scope)
+    def route(self, method: str, path: str, handler: Handler, *, scope: Scope | None = None, seller_member: str = "") -> None:
+        """Serve `method path`; `scope` None makes it public (health, webhooks that carry a signature).
+
+        `seller_member` names the member of the path that holds a seller's id: only such a route is open to a seller's own
+        API key, and only for that seller.
+        """
+        wrapped = self._wrap(handler, telemetry.RequestMetrics(method, path), scope, seller_member)
         pattern = _MEMBER.sub(r"{\1:[^/]+}", path)  # a member may hold braces too
         if method == "GET":
             self.app.router.add_get(pattern, wrapped)
@@ -177,7 +181,7 @@ class Service:
 
     # A request
 
-    def _wrap(self, handler: Handler, metrics: telemetry.RequestMetrics, scope: Scope | None) -> Handler:
+    def _wrap(self, handler: Handler, metrics: telemetry.RequestMetrics, scope: Scope | None, seller_member: str = "") -> Handler:
         check = self._authenticator.check if scope and self.settings.auth else None
         ids = self._ids
 
@@ -191,7 +195,9 @@ class Service:
             response: web.StreamResponse
             try:
                 if check is not None and scope is not None:
-                    request[_API_KEY] = check(headers.get("Authorization"), scope)
+                    key = request[_API_KEY] = check(headers.get("Authorization"), scope)
+                    if key.seller and request.match_info.get(seller_member) != key.seller:
+                        raise Forbidden(f"{key.name} may see the seller {key.seller} alone")
                 response = await handler(request)
             except Exception as error:
                 response = _error_response(request, error)

@@ -112,6 +112,17 @@ class FeeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unknown_sellers: Literal["default", "refuse"] = "default"
 
 
+class ReconcileSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Reconciliation with Stripe: daily from the hour `daily_at_utc_h` on (-1: not by itself), the last `days` whole UTC days.
+
+    What is younger than `grace_s` may still be on its way, and is no difference yet.
+    """
+
+    daily_at_utc_h: int = 4
+    days: int = 3
+    grace_s: int = 3600
+
+
 class PollSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When the worker asks Stripe about an open payment: first after `first_s`, then with growing gaps to `max_s`."""
 
@@ -134,6 +145,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     payouts: PayoutSettings = PayoutSettings()
     fee: FeeSettings = FeeSettings()
     poll: PollSettings = PollSettings()
+    reconcile: ReconcileSettings = ReconcileSettings()
     aggregator_url: str = "http://127.0.0.1:8082"
     aggregator_dsn: str = ""
     internal_token: str = ""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -28,6 +29,8 @@ from oncepay.payment import DisputeView, Failure, IntentView, RefundView
 from oncepay.settings import StripeSettings
 from oncepay.stripe_http import Answer, StripeHttp
 from oncepay.stripe_objects import (
+    BankPayoutList,
+    ChargeObject,
     DisputeList,
     DisputeObject,
     ErrorAnswer,
@@ -35,6 +38,8 @@ from oncepay.stripe_objects import (
     EventList,
     IntentList,
     IntentObject,
+    LedgerTransactionList,
+    LedgerTransactionObject,
     RefundList,
     RefundObject,
     failure_of,
@@ -172,6 +177,25 @@ class StripeGateway:
         query |= {"ending_before": ending_before} if ending_before else {}
         return _decoded(await self._call("list", "get", "/v1/events", query, {}), EventList)
 
+    async def balance_transactions(self, *, created_gte: int, created_lt: int, starting_after: str = "") -> LedgerTransactionList:
+        """One page (at most 100, newest first) of the account's balance transactions of a span (seconds since 1970)."""
+        body = await self._call("list", "get", "/v1/balance_transactions", _span(created_gte, created_lt, starting_after), {})
+        return _decoded(body, LedgerTransactionList)
+
+    async def bank_payouts(self, *, created_gte: int, created_lt: int, starting_after: str = "") -> BankPayoutList:
+        """One page (at most 100, newest first) of the payouts to the bank of a span (seconds since 1970)."""
+        body = await self._call("list", "get", "/v1/payouts", _span(created_gte, created_lt, starting_after), {})
+        return _decoded(body, BankPayoutList)
+
+    async def balance_transaction(self, transaction: str) -> LedgerTransactionObject:
+        """One balance transaction. Raises StripeRefused when Stripe doesn't have it."""
+        body = await self._call("retrieve", "get", f"/v1/balance_transactions/{quote(transaction, safe='')}", {}, {})
+        return _decoded(body, LedgerTransactionObject)
+
+    async def charge(self, charge: str) -> ChargeObject:
+        """One charge. Raises StripeRefused when Stripe doesn't have it."""
+        return _decoded(await self._call("retrieve", "get", f"/v1/charges/{quote(charge, safe='')}", {}, {}), ChargeObject)
+
     async def _post(
         self, call: str, path: str, parameters: Mapping[str, object], idempotency_key: str, api_version: str
     ) -> IntentObject:
@@ -225,6 +249,11 @@ class StripeGateway:
         failure = failure_from(answer)
         _calls(call, failure.slug).inc()
         raise failure
+
+
+def _span(created_gte: int, created_lt: int, starting_after: str) -> dict[str, object]:
+    query: dict[str, object] = {"limit": PAGE_MAX, "created": {"gte": created_gte, "lt": created_lt}}
+    return query | ({"starting_after": starting_after} if starting_after else {})
 
 
 @functools.cache

@@ -26,6 +26,48 @@ class BalanceTransactionObject(msgspec.Struct):
         return BalanceTransaction(self.id, self.amount, self.fee, self.net, self.currency)
 
 
+class LedgerTransactionObject(msgspec.Struct):
+    """A balance transaction as reconciliation reads it; times in seconds since 1970, `source` the id of what caused it."""
+
+    id: str
+    type: str
+    currency: str
+    amount: int
+    net: int
+    created: int
+    fee: int = 0
+    reporting_category: str = ""
+    source: str | None = None
+    description: str | None = None
+
+
+class LedgerTransactionList(msgspec.Struct):
+    """A page of balance transactions, newest first."""
+
+    data: list[LedgerTransactionObject]
+    has_more: bool = False
+
+
+class BankPayoutObject(msgspec.Struct):
+    """A payout from the account at Stripe to the bank, with its balance transactions."""
+
+    id: str
+    status: str
+    amount: int
+    currency: str
+    created: int
+    balance_transaction: str | None = None
+    failure_balance_transaction: str | None = None
+    failure_message: str | None = None
+
+
+class BankPayoutList(msgspec.Struct):
+    """A page of payouts to the bank, newest first."""
+
+    data: list[BankPayoutObject]
+    has_more: bool = False
+
+
 class ChargeObject(msgspec.Struct):
     """A charge. `failure_code` is set when it failed."""
 

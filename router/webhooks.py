@@ -36,7 +36,11 @@ FRESH_S = 10.0
 FINISHED_MAX = 2_000
 """Finished payments that are remembered; the oldest is forgotten for a newer one."""
 
+PAID = "payment_intent.succeeded"
+
 _log = get_logger("webhooks")
+
+UNNAMED = Counter("oncepay_router_money_without_row_total", "PaymentIntents that Stripe says have succeeded and no row names.")
 
 EVENTS = Counter("oncepay_router_webhooks_total", "Webhook events of Stripe's.", ["type", "outcome"])
 
@@ -121,7 +125,11 @@ class StripeWebhooks:
         head = head_of(event)
         if event.type in TERMINAL:
             await self._answer_first(head, event.created)
-        payment = await self._find(head, intent_of(head))
+        intent = intent_of(head)
+        payment = await self._find(head, intent)
+        if event.type == PAID and (payment is None or payment.intent != intent):
+            UNNAMED.inc()
+            _log.error("money without a row", intent=intent, event_id=event.id, key=payment.key if payment else "")
         if payment is None:
             return "foreign"  # another system's on this account, or made before its row's id was committed
         return await take_in(self._driver, payment, event, head)

@@ -10,15 +10,22 @@ select incarnation, epoch, lsn from oncepay.watermarks where shard = $1 for upda
 insert into oncepay.watermarks (shard, incarnation, epoch, lsn) values ($1, $2, $3, $4) on conflict (shard) do nothing
 
 -- name: insert_entries
--- Only an entry that wasn't here comes back, and only that one is added to the sums.
-insert into oncepay.entries (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, shard, lsn)
-select u.key, u.entry_id, u.slot, u.kind, u.currency, u.source, u.accounts::text[], u.amounts::bigint[], u.sellers::text[],
-       u.created_at, $1, u.lsn
-from unnest($2::text[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
-            $11::timestamptz[], $12::pg_lsn[])
-     u (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, lsn)
-on conflict (key, entry_id) do nothing
-returning key, entry_id
+-- Only an entry that wasn't here comes back, and only that one is added to the sums and to the sellers' postings.
+with made as (
+    insert into oncepay.entries (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, shard, lsn)
+    select u.key, u.entry_id, u.slot, u.kind, u.currency, u.source, u.accounts::text[], u.amounts::bigint[], u.sellers::text[],
+           u.created_at, $1, u.lsn
+    from unnest($2::text[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
+                $11::timestamptz[], $12::pg_lsn[])
+         u (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, lsn)
+    on conflict (key, entry_id) do nothing
+    returning key, entry_id, slot, kind, currency, accounts, amounts, sellers, created_at
+), posted as (
+    insert into oncepay.seller_postings (seller, currency, created_at, key, entry_id, slot, kind, amount, total, fee)
+    select b.seller, m.currency, m.created_at, m.key, m.entry_id, m.slot, m.kind, b.amount, b.total, b.fee
+    from made m cross join lateral oncepay.by_seller(m.accounts, m.amounts, m.sellers) b
+)
+select key, entry_id from made
 
 -- name: differing_entries
 -- Entries that were here before, of another content: an entry never changes, so one of the two is wrong.
@@ -84,6 +91,14 @@ insert into oncepay.account_totals as t (account, currency, shard, debit, credit
 select u.account, u.currency, $1, u.debit, u.credit
 from unnest($2::text[], $3::text[], $4::numeric[], $5::numeric[]) u (account, currency, debit, credit)
 on conflict (account, currency, shard) do update set debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
+
+-- name: add_account_days
+insert into oncepay.account_days as t (account, currency, day, kind, shard, debit, credit)
+select u.account, u.currency, u.day, u.kind, $1, u.debit, u.credit
+from unnest($2::text[], $3::text[], $4::date[], $5::text[], $6::numeric[], $7::numeric[])
+     u (account, currency, day, kind, debit, credit)
+on conflict (account, currency, day, kind, shard) do update set
+    debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
 
 -- name: add_kind_totals
 insert into oncepay.kind_totals as t (kind, currency, shard, entries, amount)

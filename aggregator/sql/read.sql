@@ -20,12 +20,92 @@ from oncepay.seller_days
 where seller = $1 and currency = $2 and ($3::date is null or day >= $3) and ($4::date is null or day <= $4)
 group by 1
 order by 1
+limit $6
+
+-- name: revenue_zoned
+-- As revenue_by, in the time zone $7, from the postings themselves. An empty $5 is one row for the whole.
+select coalesce(greatest(date_trunc(nullif($5, ''), p.local)::date, $3::date), $3::date, min(p.local)::date) as first_day,
+       count(*) filter (where p.category = 'payment') as payments,
+       coalesce(sum(p.total) filter (where p.category = 'payment'), 0)::bigint as gross,
+       coalesce(-sum(p.total) filter (where p.category = 'refund'), 0)::bigint as refunded,
+       coalesce(-sum(p.total) filter (where p.category = 'dispute'), 0)::bigint as disputed,
+       sum(p.fee)::bigint as fees, sum(p.total - p.fee)::bigint as net
+from (
+    select created_at at time zone $7 as local, split_part(kind, '_', 1) as category, total, fee
+    from oncepay.seller_postings
+    where seller = $1 and currency = $2
+      and ($3::date is null or created_at >= $3::date::timestamp at time zone $7)
+      and ($4::date is null or created_at < ($4::date + 1)::timestamp at time zone $7)) p
+where p.category in ('payment', 'refund', 'dispute')
+group by date_trunc(nullif($5, ''), p.local)
+order by 1
+limit $6
 
 -- name: balance
-select currency, sum(debit) as debit, sum(credit) as credit
-from oncepay.account_totals where account = $1
-group by currency
-order by currency
+-- `pending`: what payments since $3 brought and haven't lost again; it isn't paid out yet.
+select t.currency, sum(t.debit) as debit, sum(t.credit) as credit, (
+    select coalesce(sum(greatest(k.amount, 0)), 0)
+    from (
+        select sum(p.amount) as amount
+        from oncepay.seller_postings p
+        where p.seller = $2 and p.currency = t.currency and p.created_at >= $3
+        group by p.key
+        having bool_or(p.kind = 'payment')) k) as pending
+from oncepay.account_totals t where t.account = $1
+group by t.currency
+order by t.currency
+
+-- name: owed_from
+-- What the seller is owed now, and the part of it that comes from $3 on (in the order of the statement: $4 and $5 are the key
+-- and the entry that are the first ones left out, or empty).
+select coalesce((select sum(credit - debit) from oncepay.account_totals where account = $6 and currency = $2), 0) as owed,
+       coalesce((
+           select sum(amount) from oncepay.seller_postings
+           where seller = $1 and currency = $2 and (created_at, key, entry_id) > ($3::timestamptz, $4::text, $5::text)), 0) as since
+
+-- name: day_begins
+select $1::date::timestamp at time zone $2 as moment
+
+-- name: statement
+-- The page after the entry ($4, $5, $6), up to the moment $3.
+select created_at, key, entry_id, kind, amount
+from oncepay.seller_postings
+where seller = $1 and currency = $2 and ($3::timestamptz is null or created_at < $3)
+  and (created_at, key, entry_id) > ($4::timestamptz, $5::text, $6::text)
+order by created_at, key, entry_id
+limit $7
+
+-- name: trial_balance
+-- By account, less what came after the positions $2 of the shards $1.
+select account, currency, sum(debit) as debit, sum(credit) as credit
+from (
+    select case when account like 'seller:%:payable' then 'seller:*:payable' else account end as account, currency, debit, credit
+    from oncepay.account_totals
+    where $3::text is null or currency = $3
+    union all
+    select case when p.account like 'seller:%:payable' then 'seller:*:payable' else p.account end, e.currency,
+           -greatest(p.amount, 0), -greatest(-p.amount, 0)
+    from unnest($1::text[], $2::pg_lsn[]) a (shard, lsn)
+    join oncepay.entries e on e.shard = a.shard and e.lsn > a.lsn
+    cross join lateral unnest(e.accounts, e.amounts) p (account, amount)
+    where $3::text is null or e.currency = $3) t
+group by account, currency
+having sum(debit) <> 0 or sum(credit) <> 0
+order by currency, account
+
+-- name: profit
+-- The platform's own accounts, a row an interval ($4; empty: one for the whole).
+select coalesce(greatest(date_trunc(nullif($4, ''), day::timestamp)::date, $2::date), $2::date, min(day)) as first_day,
+       coalesce(sum(credit - debit) filter (where account = 'platform:fees'), 0) as fees,
+       coalesce(sum(debit - credit) filter (where account = 'stripe:fees'), 0) as stripe_fees,
+       coalesce(sum(debit - credit) filter (where account = 'tipalti:fees'), 0) as tipalti_fees,
+       coalesce(sum(debit - credit) filter (where account = 'stripe:other'), 0) as stripe_other,
+       coalesce(sum(debit - credit) filter (where account = 'seller:*:payable' and kind like 'dispute%'), 0) as disputed
+from oncepay.account_days
+where currency = $1 and ($2::date is null or day >= $2) and ($3::date is null or day <= $3)
+group by date_trunc(nullif($4, ''), day::timestamp)
+order by 1
+limit $5
 
 -- name: orders
 -- Newest first; $2 and $3 are the last order of the page before, or null.

@@ -12,7 +12,7 @@ SLOTS = 65_536
 CLEARING = "stripe:clearing"
 PLATFORM_FEES = "platform:fees"
 PLATFORM_SELLER = "platform"
-OTHERS = ("payout:", "tipalti:")
+OTHERS = ("payout:", "tipalti:", "stripe:")
 """Reserved keys of entries that are of no payment."""
 
 

@@ -14,8 +14,11 @@ def main() -> None:
     parser.add_argument(
         "--rate-limit", type=int, default=RATE_LIMIT_DEFAULT, help="calls per endpoint and second (Stripe's own default is 25)"
     )
+    parser.add_argument(
+        "--settlement-currency", default="", help="settle everything in this currency (default: each currency in itself)"
+    )
     options = parser.parse_args()
-    run(lambda: StripeService(options.state, options.rate_limit), options.host, options.port)
+    run(lambda: StripeService(options.state, options.rate_limit, options.settlement_currency.lower()), options.host, options.port)
 
 
 if __name__ == "__main__":

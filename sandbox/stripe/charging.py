@@ -181,15 +181,16 @@ def _received(world: World, intent: model.Intent, charge: model.Charge) -> None:
 def post(world: World, charge: model.Charge) -> None:
     """Post the charge to the balance, with Stripe's fee."""
     now = world.now_s()
+    amount, currency = world.settlement.of(charge.amount_captured, charge.currency)
     row = model.BalanceTransaction(
         id=world.balance_transactions.new_id(),
         created=now,
-        amount=charge.amount_captured,
-        currency=charge.currency,
+        amount=amount,
+        currency=currency,
         type="charge",
         reporting_category="charge",
         available_on=now if cards.CARDS[charge.card].available_at_once else now + AVAILABLE_AFTER_S,
-        fee=currencies.processing_fee(charge.amount_captured),
+        fee=currencies.processing_fee(amount),
         source=charge.id,
         description=charge.description,
     )

@@ -43,11 +43,12 @@ def open_for_card(world: World, charge: model.Charge) -> None:
 
 
 def _move(world: World, row: model.Dispute, amount: int, fee: int, category: str, what: str) -> None:
+    settled, currency = world.settlement.of(amount, row.currency)
     transaction = model.BalanceTransaction(
         id=world.balance_transactions.new_id(),
         created=world.now_s(),
-        amount=amount,
-        currency=row.currency,
+        amount=settled,
+        currency=currency,
         type="adjustment",
         reporting_category=category,
         available_on=world.now_s(),

@@ -25,11 +25,12 @@ def register(world: World) -> None:
 
 
 def _post(world: World, row: model.Refund, amount: int, category: str) -> str:
+    settled, currency = world.settlement.of(amount, row.currency)
     transaction = model.BalanceTransaction(
         id=world.balance_transactions.new_id(),
         created=world.now_s(),
-        amount=amount,
-        currency=row.currency,
+        amount=settled,
+        currency=currency,
         type=category,
         reporting_category=category,
         available_on=world.now_s(),

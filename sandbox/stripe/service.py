@@ -22,6 +22,7 @@ from sandbox.stripe.expand import expand
 from sandbox.stripe.forms import FormError, Params, nest, pairs
 from sandbox.stripe.idempotency import JSON_KIND, Answer, Idempotency, fingerprint
 from sandbox.stripe.intents import MetadataIndex
+from sandbox.stripe.settlement import Settlement
 from sandbox.stripe.world import API_VERSION, World
 
 log = logging.getLogger("sandbox.stripe")
@@ -42,8 +43,9 @@ class RollSecret(msgspec.Struct, forbid_unknown_fields=True):
 class StripeService:
     """One Stripe test account as a service. `rate_limit` is in calls per endpoint and second."""
 
-    def __init__(self, state: Path | None, rate_limit: int = RATE_LIMIT_DEFAULT) -> None:
+    def __init__(self, state: Path | None, rate_limit: int = RATE_LIMIT_DEFAULT, settlement_currency: str = "") -> None:
         self.world = World(state)
+        self.world.settlement = Settlement(settlement_currency)
         self.world.events = Events(self.world)
         self.world.metadata = MetadataIndex(self.world)
         self._idempotency = Idempotency(self.world)

@@ -14,6 +14,7 @@ from sandbox.delivery import SCHEMA as DELIVERY_SCHEMA
 from sandbox.faults import Faults
 from sandbox.store import Row, Store, Table
 from sandbox.stripe import errors, model
+from sandbox.stripe.settlement import Settlement
 
 if TYPE_CHECKING:
     from sandbox.stripe.events import Events
@@ -38,6 +39,7 @@ class World:
         self.clock = Clock(self.store)
         self.timers = Timers(self.store, self.clock)
         self.url = ""
+        self.settlement = Settlement()
         store = self.store
         self.intents = Table(store, "payment_intents", "pi_", model.Intent, {"customer": lambda row: row.customer})
         self.charges = Table(

@@ -11,11 +11,12 @@ import asyncpg
 
 from aggregator.fold import fold
 from oncepay.feed import EntryRow
+from oncepay.ledger import PLATFORM_FEES
 from tests.aggregator.strategies import History
 
 TABLES = (
     *("watermarks", "payments", "payment_history", "entries", "balance_links", "seller_days", "account_totals", "kind_totals"),
-    "payouts",
+    *("seller_postings", "account_days", "payouts"),
 )
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 State = dict[str, Any]
@@ -43,6 +44,12 @@ async def held(connection: asyncpg.Connection) -> State:
     accounts = await connection.fetch(
         "select account, currency, sum(debit), sum(credit) from oncepay.account_totals group by 1, 2"
     )
+    of_days = await connection.fetch(
+        "select account, currency, day, kind, sum(debit), sum(credit) from oncepay.account_days group by 1, 2, 3, 4"
+    )
+    postings = await connection.fetch(
+        "select seller, currency, created_at, key, entry_id, kind, amount, total, fee from oncepay.seller_postings"
+    )
     kinds = await connection.fetch("select kind, currency, sum(entries), sum(amount) from oncepay.kind_totals group by 1, 2")
     watermarks = await connection.fetch("select shard, lsn from oncepay.watermarks")
     return {
@@ -65,8 +72,25 @@ async def held(connection: asyncpg.Connection) -> State:
         "links": {tuple(row) for row in links},
         "days": {tuple(row)[:3]: tuple(int(value) for value in tuple(row)[3:]) for row in days},
         "accounts": {tuple(row)[:2]: tuple(int(value) for value in tuple(row)[2:]) for row in accounts},
+        "account days": {tuple(row)[:4]: tuple(int(value) for value in tuple(row)[4:]) for row in of_days},
+        "postings": {(*tuple(row)[:2], us(row["created_at"]), *tuple(row)[3:]) for row in postings},
         "kinds": {tuple(row)[:2]: tuple(int(value) for value in tuple(row)[2:]) for row in kinds},
     }
+
+
+def naive_postings(entries: Iterable[EntryRow]) -> set[tuple[Any, ...]]:
+    """What each entry did to each seller: what it is owed, that before fees, and the platform's part."""
+    found = set()
+    for entry in entries:
+        postings = list(zip(entry.accounts, entry.amounts, entry.sellers, strict=True))
+        own = {account.split(":", 1)[1].rsplit(":", 1)[0] for account, _, _ in postings if account.endswith(":payable")}
+        for seller in own | {seller for _, _, seller in postings if seller}:
+            account = PLATFORM_FEES if seller == "platform" else f"seller:{seller}:payable"
+            amount = -sum(a for name, a, whose in postings if name == account and whose in (seller, ""))
+            total = -sum(a for _, a, whose in postings if whose == seller)
+            fee = -sum(a for name, a, whose in postings if whose == seller != "platform" and name == PLATFORM_FEES)
+            found.add((seller, entry.currency, entry.created_at_us, entry.key, entry.entry_id, entry.kind, amount, total, fee))
+    return found
 
 
 def expected(histories: Iterable[History]) -> State:
@@ -100,5 +124,7 @@ def expected(histories: Iterable[History]) -> State:
             for name, row in sums.seller_days.items()
         },
         "accounts": {name: (total.debit, total.credit) for name, total in sums.accounts.items()},
+        "account days": {name: (total.debit, total.credit) for name, total in sums.account_days.items()},
+        "postings": naive_postings(entries.values()),
         "kinds": {name: (total.entries, total.amount) for name, total in sums.kinds.items()},
     }

@@ -8,9 +8,20 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from oncepay.cart import Fee, Item, shares_of
+from oncepay.cart import Fee, Item, Share, shares_of
 from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow
-from oncepay.ledger import PLATFORM_FEES, STRIPE_CLEARING, Entry, payable, payment_entry, stripe_fee_entry
+from oncepay.ledger import (
+    PLATFORM_FEES,
+    STRIPE_CLEARING,
+    Entry,
+    dispute_entries,
+    payable,
+    payment_entry,
+    refund_entry,
+    refund_paid_entries,
+    refund_reversed_entry,
+    stripe_fee_entry,
+)
 
 SELLERS = ["ann", "bob", 'q"uo\\te', "é{}, ", "platform"]
 FIRST_US = 1_790_000_000_000_000
@@ -141,14 +152,50 @@ def _one_payment(draw: st.DrawFn, history: History, key: str) -> None:
         fee = stripe_fee_entry(currency, f"txn_{key}", draw(st.integers(1, 500)))
         history.entries.append(entry_row(lsn, key, fee, at_us))
         history.links += [LinkRow(lsn, 0, slot_of(key), key, e, f"txn_{key}", at_us) for e in (paid.entry_id, fee.entry_id)]
-    kind = draw(st.sampled_from(["", "refund", "dispute", "payout"]))
-    if kind in ("refund", "dispute"):
-        history.entries.append(refund_row(history.commit(), key, paid, at_us + draw(st.integers(0, 2 * DAY_US)), kind))
-    elif kind == "payout":
-        amount = draw(st.integers(1, 1000))
-        sides = (payable("ann"), "tipalti:clearing"), (amount, -amount), ("ann", "")
-        slot, lsn = slot_of(key), history.commit()
-        history.entries.append(EntryRow(lsn, 0, slot, key, "payout:1", "payout", currency, "po", *sides, at_us))
+    _later_life(draw, history, key, paid, at_us)
+
+
+def _later_life(draw: st.DrawFn, history: History, key: str, paid: EntryRow, at_us: int) -> None:
+    """Refunds of a part that fail or don't, disputes (also after refunds) that are won or lost, payouts that come back."""
+    left = shares_of_entry(paid)
+    for n in range(draw(st.integers(0, 2))):
+        at_us += draw(st.integers(0, 2 * DAY_US))
+        parts = tuple(Share(s.seller, draw(st.integers(0, s.gross)), 0) for s in left)
+        if any(part.gross for part in parts):
+            history.entries.append(entry_row(history.commit(), key, refund_entry(paid.currency, f"r{n}", parts), at_us))
+            end = draw(st.sampled_from(["open", "paid", "failed", "returned"]))
+            if end in ("paid", "returned"):
+                total = sum(part.gross for part in parts)
+                for made in refund_paid_entries(paid.currency, f"txn_{key}_r{n}", total, "usd", total * 2, 3):
+                    history.entries.append(entry_row(history.commit(), key, made, at_us + 1))
+            if end in ("failed", "returned"):
+                back = refund_reversed_entry(paid.currency, f"r{n}", parts)
+                history.entries.append(entry_row(history.commit(), key, back, at_us + draw(st.integers(2, DAY_US))))
+    for sign in draw(st.sampled_from([(), (1,), (1, -1)])):
+        at_us += draw(st.integers(0, 2 * DAY_US))
+        withdrawn = tuple(Share(share.seller, share.gross, 0) for share in left)
+        settled = draw(st.integers(1, 9999))
+        for made in dispute_entries(paid.currency, f"txn_{key}_d{sign}", withdrawn, sign, "usd", settled, 15):
+            history.entries.append(entry_row(history.commit(), key, made, at_us))
+    for number in range(draw(st.integers(0, 2))):
+        _payout(draw, history, f"payout:{key}:{number}", paid.currency, at_us)
+
+
+def _payout(draw: st.DrawFn, history: History, key: str, currency: str, at_us: int) -> None:
+    amount, whose = draw(st.integers(1, 1000)), draw(st.sampled_from(["ann", ""]))
+    for name, sign in (("payout", 1), ("payout_returned", -1))[: draw(st.integers(1, 2))]:
+        sides = (payable("ann"), "tipalti:clearing"), (sign * amount, -sign * amount), (whose, "")
+        lsn = history.commit()
+        history.entries.append(EntryRow(lsn, 0, slot_of(key), key, name, name, currency, "po", *sides, at_us))
+
+
+def shares_of_entry(paid: EntryRow) -> list[Share]:
+    """Each seller's gross in a payment's entry."""
+    gross: dict[str, int] = {}
+    for amount, seller in zip(paid.amounts, paid.sellers, strict=True):
+        if seller:
+            gross[seller] = gross.get(seller, 0) - amount
+    return [Share(seller, amount, 0) for seller, amount in gross.items()]
 
 
 __all__ = ["FIRST_US", "PLATFORM_FEES", "SELLERS", "History", "entry_row", "histories", "payment_row", "refund_row", "slot_of"]

@@ -165,6 +165,8 @@ async def test_revenue(http: aiohttp.ClientSession) -> None:
         "interval": None,
         "rows": [row],
         "positions": {"s0": lsn_text(history.lsn)},
+        "timezone": "UTC",
+        "cursor": None,
     }
     part = (await get(http, "/v1/sellers/ann/revenue?currency=usd&from=2026-09-22&to=2026-09-23"))["rows"]
     assert [(row["from"], row["gross"]) for row in part] == [("2026-09-22", 2000)]
@@ -185,7 +187,7 @@ async def test_revenue_adds_up_over_shards(http: aiohttp.ClientSession) -> None:
     body = await get(http, "/v1/sellers/ann/revenue?currency=usd")
     assert (body["rows"][0]["gross"], sorted(body["positions"])) == (4000, ["s0", "s1"])
     assert (await get(http, "/v1/sellers/ann/balance"))["balances"] == [
-        {"currency": "usd", "balance": 3600, "credited": 3600, "debited": 0}
+        {"currency": "usd", "balance": 3600, "credited": 3600, "debited": 0, "pending": 0, "payable": 3600}
     ]
 
 
@@ -266,7 +268,9 @@ async def test_min_position_waits_until_it_is_reached(http: aiohttp.ClientSessio
         ("?currency=usd&from=2026-02-30", "from"), ("?currency=usd&to=yesterday", "to"),
         ("?currency=usd&from=2026-02-02&to=2026-02-01", "to"), ("?currency=usd&interval=year", "interval"),
         ("?currency=usd&min_position=s0", "min_position"), ("?currency=usd&min_position=s0:0/XYZ", "min_position"),
-        ("?currency=usd&form=2026-01-01", "form"),
+        ("?currency=usd&form=2026-01-01", "form"), ("?currency=usd&timezone=Mars/Olympus", "timezone"),
+        ("?currency=usd&timezone=EST5", "timezone"), ("?currency=usd&cursor=2026-01-01", "cursor"),
+        ("?currency=usd&to=9999-12-31", "to"), ("?currency=usd&limit=1001", "limit"),
     ],
 )  # fmt: skip
 async def test_a_parameter_that_cant_be_used_is_named(http: aiohttp.ClientSession, query: str, field: str) -> None:
@@ -284,7 +288,9 @@ async def test_the_api_document_names_every_call(http: aiohttp.ClientSession) ->
     document = await get(http, "/openapi.json")
     assert set(document["paths"]) == {
         "/v1/sellers/{seller}/revenue", "/v1/sellers/{seller}/balance", "/v1/buyers/{buyer}/orders", "/v1/sellers",
-        "/v1/totals", "/v1/positions", "/v1/payments/{payment}/history", *payout_paths(),
+        "/v1/totals", "/v1/positions", "/v1/sellers/{seller}/statement", "/v1/sellers/{seller}/statement.csv",
+        "/v1/payments/{payment}/history", "/v1/trial-balance", "/v1/profit", "/v1/reconciliations", "/v1/reconciliations/{id}",
+        "/v1/reconciliations/{id}/differences", "/v1/reconciliations/{id}/differences.csv", *payout_paths(),
     }  # fmt: skip
     await post(http, history_of(1).whole())
     body = await get(http, "/v1/sellers/ann/revenue?currency=usd")
@@ -304,6 +310,57 @@ async def test_reading_takes_the_scope_read(aggregator_dsn: str) -> None:
                 async with aiohttp.ClientSession(process.url, headers={"Authorization": f"Bearer {key}"}) as session:
                     for path in ("/v1/positions", "/v1/totals", "/v1/sellers", "/v1/buyers/b/orders", "/v1/sellers/a/balance"):
                         await get(session, path, status=status)
+
+
+async def test_a_sellers_own_key_sees_that_seller_alone(aggregator_dsn: str) -> None:
+    with EtcdCluster(1) as cluster:
+        settings = cluster.settings()
+        async with Etcd(settings) as etcd:
+            await etcd.put(PREFIX + digest("ann's"), msgspec.json.encode(ApiKey("ann", ("read",), seller="ann")))
+        headers = {"Authorization": "Bearer ann's"}
+        with aggregator(aggregator_dsn, etcd=settings) as process:
+            async with aiohttp.ClientSession(process.url, headers=headers) as session:
+                for path in ("balance", "revenue?currency=usd", "statement?currency=usd"):
+                    await get(session, f"/v1/sellers/ann/{path}")
+                    await get(session, f"/v1/sellers/bob/{path}", status=403)
+                for path in ("positions", "totals", "sellers", "buyers/ann/orders", "trial-balance", "profit?currency=usd"):
+                    await get(session, f"/v1/{path}", status=403)
+
+
+async def test_statement_page_by_page_and_whole(http: aiohttp.ClientSession) -> None:
+    history = history_of(5)
+    await post(http, history.whole())
+    path, cursor, closing = "/v1/sellers/ann/statement?currency=usd&from=2026-09-22&limit=3", "", 900
+    for count in (3, 1):
+        page = await get(http, path + cursor)
+        assert (page["opening_balance"], len(page["entries"]), page["final"]) == (closing, count, False)
+        closing, cursor = page["closing_balance"], f"&cursor={page['cursor']}"
+        assert page["entries"][-1]["balance"] == closing
+    assert (closing, page["cursor"]) == (4500, None)
+    async with http.get("/v1/sellers/ann/statement.csv?currency=usd") as answer:
+        assert answer.content_type == "text/csv"
+        lines = (await answer.text()).splitlines()
+    assert (len(lines), lines[1].split(",")[1:6:4]) == (8, ["opening_balance", "0"])
+    assert lines[-1].split(",")[1:] == ["closing_balance", "", "", "", "4500", "", "45.00", "usd"]
+    assert (await get(http, "/v1/sellers/platform/statement?currency=usd", status=422))["field"] == "seller"
+
+
+async def test_trial_balance_and_profit(http: aiohttp.ClientSession) -> None:
+    history = history_of(2)
+    history.entries.append(entry_row(history.commit(), "s0-0", stripe_fee_entry("usd", "txn", 60)))
+    await post(http, history.whole())
+    (now,) = (await get(http, "/v1/trial-balance?currency=usd"))["currencies"]
+    assert now["debit"] == now["credit"] == 3060
+    at = f"s0:{lsn_text(history.payments[0].lsn)}"
+    then = await get(http, f"/v1/trial-balance?at={at}")
+    assert then["positions"] == {"s0": at.removeprefix("s0:")}
+    assert {a["account"]: a["balance"] for a in then["currencies"][0]["accounts"]} == {
+        "platform:fees": -150, "seller:*:payable": -1350, "stripe:clearing": 1500,
+    }  # fmt: skip
+    (profit,) = (await get(http, "/v1/profit?currency=usd"))["rows"]
+    assert (profit["fees"], profit["stripe_fees"], profit["profit"]) == (300, 60, 240)
+    days = await get(http, "/v1/profit?currency=usd&interval=day&limit=1")
+    assert (days["rows"][0]["profit"], days["cursor"]) == (90, "2026-09-22")
 
 
 async def test_a_crash_of_its_database_is_survived() -> None:

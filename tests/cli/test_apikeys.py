@@ -83,13 +83,25 @@ def test_a_name_is_taken_once_and_revoked_by_name_or_id(config: Path) -> None:
     assert run(config, "list") == {"apikeys": []}
 
 
+def test_a_sellers_own_key_reads(config: Path) -> None:
+    made = run(config, "create", "seller-4", "--seller", "4")
+    assert (made["scopes"], made["seller"]) == (["read"], "4")
+
+
 def test_a_dry_run_makes_nothing(config: Path) -> None:
     assert "key" not in run(config, "create", "shop", "--dry-run")
     assert run(config, "list") == {"apikeys": []}
 
 
 @pytest.mark.parametrize(
-    "args", [["create", ""], ["create", "n" * 65], ["create", "a", "--scope", "all"], ["create", "a", "--rate-limit", "-1"]]
+    "args",
+    [
+        ["create", ""],
+        ["create", "n" * 65],
+        ["create", "a", "--scope", "all"],
+        ["create", "a", "--rate-limit", "-1"],
+        ["create", "a", "--seller", "s", "--scope", "pay"],
+    ],
 )
 def test_wrong_usage(config: Path, args: list[str]) -> None:
     assert CliRunner().invoke(apikeys, [*args, "--config", str(config)]).exit_code == 2

@@ -1,0 +1,166 @@
+-- Stripe's balance transactions against the entries that are linked to them, one span of time after the other.
+
+-- name: begin
+insert into oncepay.reconciliations (id, first, last, asked_by, state) values ($1, $2, $3, $4, 'running')
+
+-- name: end
+update oncepay.reconciliations
+set state = $2, ended_at = clock_timestamp(), checked = $3::jsonb, problem = $4,
+    differences = (select count(*) from oncepay.reconciliation_differences where run = $1)
+where id = $1
+
+-- name: note_progress
+update oncepay.reconciliations set checked = $2::jsonb where id = $1
+
+-- name: abandon
+-- Runs whose process died: nobody holds the lock any more.
+update oncepay.reconciliations set state = 'failed', ended_at = clock_timestamp(), problem = 'its process ended'
+where state = 'running'
+
+-- name: keep
+insert into oncepay.stripe_transactions as t (id, type, category, currency, amount, fee, net, source, created_at)
+select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[], $8::text[],
+                     $9::timestamptz[])
+on conflict (id) do update set
+    type = excluded.type, category = excluded.category, currency = excluded.currency, amount = excluded.amount,
+    fee = excluded.fee, net = excluded.net, source = excluded.source, created_at = excluded.created_at
+where (t.type, t.category, t.currency, t.amount, t.fee, t.net, t.source, t.created_at)
+    is distinct from (excluded.type, excluded.category, excluded.currency, excluded.amount, excluded.fee, excluded.net,
+                      excluded.source, excluded.created_at)
+
+-- name: to_book
+-- What no payment caused and nothing is linked to yet. $3: the categories that payments cause.
+select t.id, t.currency, t.amount, t.fee, t.category
+from oncepay.stripe_transactions t
+where t.created_at >= $1 and t.created_at < $2 and not t.category = any ($3::text[])
+  and (t.amount <> 0 or t.fee <> 0)
+  and not exists (select from oncepay.balance_links l where l.balance_transaction = t.id)
+order by t.id
+limit $4
+
+-- name: count_linked
+select count(*) from unnest($1::text[]) u (id)
+where exists (select from oncepay.balance_links l where l.balance_transaction = u.id)
+
+-- name: count_transactions
+select count(*) from oncepay.stripe_transactions where created_at >= $1 and created_at < $2
+
+-- name: unbooked
+-- Money moved at Stripe and nothing is linked to it; what came after $4 may still be on its way.
+insert into oncepay.reconciliation_differences (run, kind, transaction, source, category, currency, expected, actual)
+select $1, 'unbooked', t.id, t.source, t.category, t.currency, t.net, 0
+from oncepay.stripe_transactions t
+where t.created_at >= $2 and t.created_at < least($3::timestamptz, $4::timestamptz) and (t.net <> 0 or t.fee <> 0)
+  and not exists (select from oncepay.balance_links l where l.balance_transaction = t.id)
+
+-- name: net_differs
+-- In the transaction's own currency the postings come to its net, in every other one (an exchange) to nothing.
+insert into oncepay.reconciliation_differences (run, kind, transaction, key, source, category, currency, expected, actual)
+select $1, 'net_differs', s.id, s.key, s.source, s.category, s.currency, s.expected, s.actual
+from (
+    select t.id, t.source, t.category, c.currency, case when c.currency = t.currency then t.net else 0 end as expected,
+           coalesce(p.amount, 0)::bigint as actual, p.key
+    from oncepay.stripe_transactions t
+    join lateral (
+        select e.currency, sum(x.amount) as amount, min(e.key) as key
+        from oncepay.balance_links l
+        join oncepay.entries e on e.key = l.key and e.entry_id = l.entry_id
+        cross join lateral unnest(e.accounts, e.amounts) x (account, amount)
+        where l.balance_transaction = t.id and x.account = 'stripe:clearing'
+        group by e.currency) p on true
+    cross join lateral (values (p.currency)) c (currency)
+    where t.created_at >= $2 and t.created_at < $3) s
+where s.actual <> s.expected
+
+-- name: net_missing
+-- Linked, and yet nothing was posted in the transaction's own currency.
+insert into oncepay.reconciliation_differences (run, kind, transaction, key, source, category, currency, expected, actual)
+select $1, 'net_differs', t.id, min(l.key), t.source, t.category, t.currency, t.net, 0
+from oncepay.stripe_transactions t
+join oncepay.balance_links l on l.balance_transaction = t.id
+join oncepay.entries e on e.key = l.key and e.entry_id = l.entry_id
+where t.created_at >= $2 and t.created_at < $3 and t.net <> 0
+group by t.id
+having not bool_or(e.currency = t.currency)
+
+-- name: of_several
+insert into oncepay.reconciliation_differences (run, kind, transaction, key, source, category, currency, detail)
+select $1, 'of_several', t.id, min(l.key), t.source, t.category, t.currency, string_agg(distinct l.key, ', ')
+from oncepay.stripe_transactions t
+join oncepay.balance_links l on l.balance_transaction = t.id
+where t.created_at >= $2 and t.created_at < $3
+group by t.id
+having count(distinct l.key) > 1
+
+-- name: unlinked
+-- Entries on the clearing account that no balance transaction belongs to.
+insert into oncepay.reconciliation_differences (run, kind, key, entry_id, source, category, currency, expected, actual)
+select $1, 'unlinked', e.key, e.entry_id, e.source, e.kind, e.currency, 0, sum(x.amount)
+from oncepay.entries e
+cross join lateral unnest(e.accounts, e.amounts) x (account, amount)
+where e.created_at >= $2 and e.created_at < least($3::timestamptz, $4::timestamptz) and x.account = 'stripe:clearing'
+  and not exists (select from oncepay.balance_links l where l.key = e.key and l.entry_id = e.entry_id)
+group by e.key, e.entry_id
+
+-- name: linked_twice
+insert into oncepay.reconciliation_differences (run, kind, key, entry_id, source, category, currency, detail)
+select $1, 'linked_twice', e.key, e.entry_id, e.source, e.kind, e.currency, string_agg(l.balance_transaction, ', ')
+from oncepay.entries e
+join oncepay.balance_links l on l.key = e.key and l.entry_id = e.entry_id
+where e.created_at >= $2 and e.created_at < $3
+group by e.key, e.entry_id
+having count(*) > 1
+
+-- name: not_in_copy
+-- Linked transactions that Stripe's list didn't bring: of another time, or not there at all.
+select l.balance_transaction, min(l.key) as key, min(l.entry_id) as entry_id
+from oncepay.balance_links l
+where l.created_at >= $1 and l.created_at < $2
+  and not exists (select from oncepay.stripe_transactions t where t.id = l.balance_transaction)
+group by l.balance_transaction
+order by l.balance_transaction
+limit $3
+
+-- name: differ
+insert into oncepay.reconciliation_differences
+    (run, kind, transaction, key, entry_id, source, category, currency, expected, actual, detail)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+
+-- name: transaction
+select amount, net, currency from oncepay.stripe_transactions where id = $1
+
+-- name: to_explain
+-- Charges that nothing is linked to: which payment are they of?
+select n, source from oncepay.reconciliation_differences
+where run = $1 and kind = 'unbooked' and source like any (array['ch\_%', 'py\_%'])
+order by n
+limit $2
+
+-- name: explain
+update oncepay.reconciliation_differences set kind = $3, key = $4, detail = $5 where run = $1 and n = $2
+
+-- name: runs
+select id, first, last, asked_by, state, started_at, ended_at, checked::text, differences, problem
+from oncepay.reconciliations
+where ($1::text is null or id = $1)
+order by started_at desc
+limit $2
+
+-- name: differences
+select n, kind, transaction, key, entry_id as entry, source, category, currency, expected as expected_minor,
+       actual as actual_minor, detail
+from oncepay.reconciliation_differences
+where run = $1 and n > $2
+order by n
+limit $3
+
+-- name: kinds
+select kind, count(*) as count from oncepay.reconciliation_differences where run = $1 group by kind order by kind
+
+-- name: last_daily
+-- How far the daily runs have come, and whether there is anything before $1 to reconcile.
+select (select max(last) from oncepay.reconciliations where asked_by = 'daily' and state = 'done') as done_to,
+       exists (select from oncepay.entries where created_at < $1) as anything
+
+-- name: last_done
+select ended_at, differences from oncepay.reconciliations where state = 'done' order by ended_at desc limit 1
