@@ -35,6 +35,7 @@ key_option = click.option(
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="A file with the API key. By default the local cluster's.",
 )
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only show the payout that is meant.")
 csv_option = click.option(
     "--csv",
     "csv_file",
@@ -183,45 +184,48 @@ def show(key: str, url: str | None, api_key_file: Path | None, output: str) -> N
 
 @payouts.command()
 @click.argument("key")
+@dry_run_option
 @url_option
 @key_option
 @output_option
 @handle_errors
-def approve(key: str, url: str | None, api_key_file: Path | None, output: str) -> None:
+def approve(key: str, url: str | None, api_key_file: Path | None, dry_run: bool, output: str) -> None:
     """Approve a payout that another operator's run has made. Tipalti is told a moment later.
 
     \b
     Example:
       oncepay payouts approve payout:records-4:usd:7 --api-key-file second-operator.key
     """
-    _command(key, "approve", None, url, api_key_file, output)
+    _command(key, "approve", None, url, api_key_file, dry_run, output)
 
 
 @payouts.command()
 @click.argument("key")
 @click.option("--reason", default="", help="Why.")
+@dry_run_option
 @url_option
 @key_option
 @output_option
 @handle_errors
-def decline(key: str, reason: str, url: str | None, api_key_file: Path | None, output: str) -> None:
+def decline(key: str, reason: str, url: str | None, api_key_file: Path | None, dry_run: bool, output: str) -> None:
     """Stop a payout that Tipalti wasn't told of. The seller's balance is then what it was.
 
     \b
     Example:
       oncepay payouts decline payout:records-4:usd:7 --reason "bank details in doubt"
     """
-    _command(key, "decline", {"reason": reason}, url, api_key_file, output)
+    _command(key, "decline", {"reason": reason}, url, api_key_file, dry_run, output)
 
 
 @payouts.command()
 @click.argument("key")
 @click.option("--reference", required=True, help="The bank's reference of the transfer.")
+@dry_run_option
 @url_option
 @key_option
 @output_option
 @handle_errors
-def book(key: str, reference: str, url: str | None, api_key_file: Path | None, output: str) -> None:
+def book(key: str, reference: str, url: str | None, api_key_file: Path | None, dry_run: bool, output: str) -> None:
     """Book a payout that was paid by hand, where there is no Tipalti.
 
     \b
@@ -229,15 +233,22 @@ def book(key: str, reference: str, url: str | None, api_key_file: Path | None, o
       oncepay payouts list --status created --csv by-hand.csv
       oncepay payouts book payout:records-4:usd:7 --reference WIRE-20391
     """
-    _command(key, "book", {"reference": reference}, url, api_key_file, output)
+    _command(key, "book", {"reference": reference}, url, api_key_file, dry_run, output)
 
 
-def _command(key: str, name: str, body: object, url: str | None, api_key_file: Path | None, output: str) -> None:
-    found = _run(url, api_key_file, lambda api: api.call("POST", f"{_path(key)}/{name}", body))
+def _command(key: str, name: str, body: object, url: str | None, api_key_file: Path | None, dry_run: bool, output: str) -> None:
+    async def call(api: Api) -> dict[str, Any]:
+        if dry_run:
+            return dict((await api.call("GET", _path(key)))["payout"])
+        return await api.call("POST", f"{_path(key)}/{name}", body)
+
+    found = _run(url, api_key_file, call)
     if output == "json":
-        click.echo(json.dumps(found))
-    else:
-        _show_one(found)
+        click.echo(json.dumps(found | ({"dry_run": True} if dry_run else {})))
+        return
+    if dry_run:
+        click.echo(f"would {name}:")
+    _show_one(found)
 
 
 class Api:

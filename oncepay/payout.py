@@ -79,6 +79,7 @@ AT_TIPALTI: dict[str, PayoutStatus] = {
     "deferred": PayoutStatus.DEFERRED,
     "deferred (internal)": PayoutStatus.DEFERRED,
     "canceled": PayoutStatus.CANCELED,
+    "cancelled": PayoutStatus.CANCELED,
 }
 """Tipalti's words for a payment's state, in lower case. Paid is not final there."""
 

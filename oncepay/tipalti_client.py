@@ -141,9 +141,11 @@ class TipaltiClient:
         for some in _chunks(wanted):
             page = _decoded(await self._read("payees", "/payees", _among("refCode", some)), PayeePage)
             found |= {item.refCode: item for item in page.items}
-        for name in wanted:
-            if name not in found and (one := await self._payee(name)) is not None:
-                found[name] = one
+        absent = [name for name in wanted if name not in found]
+        for start in range(0, len(absent), CONCURRENCY_MAX):
+            some = absent[start : start + CONCURRENCY_MAX]
+            ones = await asyncio.gather(*map(self._payee, some))
+            found |= {name: one for name, one in zip(some, ones, strict=True) if one is not None}
         return found
 
     async def _payee(self, name: str) -> PayeeObject | None:

@@ -13,7 +13,7 @@ FUNDING = "tipalti:"
 GIVEN_BACK = frozenset({"rejected", "returned", "deferred", "canceled", "refused", "declined"})
 UNTOLD = frozenset({"awaiting_approval", "created", "submitting"})
 """In these Tipalti may not know of it."""
-BACK_AT_TIPALTI = frozenset({"rejected", "deferred", "deferred (internal)", "canceled"})
+BACK_AT_TIPALTI = frozenset({"rejected", "deferred", "deferred (internal)", "canceled", "cancelled"})
 
 _PLACE = "look at the map, at the moves' records and at both shards before either row is touched"
 _ENTRY = "compare the entries with the payout's row; correct by a new entry, never by a change"
