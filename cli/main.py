@@ -24,6 +24,7 @@ COMMANDS = {
     "keys": Entry("cli.keys", "keys", "Take idempotency keys, and look after their pool."),
     "payouts": Entry("cli.payouts", "payouts", "Pay sellers what they are owed, and see what became of it."),
     "apikeys": Entry("cli.apikeys", "apikeys", "Make and revoke API keys."),
+    "reshard": Entry("cli.reshard", "reshard", "Move ranges of slots between shards, under load."),
     "shards": Entry("cli.shards", "shards", "Look after single shards."),
     "config": Entry("cli.config", "config", "Show and check the settings."),
     "doctor": Entry("cli.doctor", "doctor", "Say what is wrong here, and what to do."),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deploy.local import Cluster, Status
     from loadtest.checker import Report, Target
     from loadtest.checker.model import Progress
-    from oncepay.settings import TipaltiSettings
+    from oncepay.settings import Settings, TipaltiSettings
 
 STAND_IN_KEY = "sk_test_verify"
 """The stand-in for Stripe takes any key that begins like this."""
@@ -43,6 +43,18 @@ PROMISES = {
 """What this can see: promise 2 (nothing lost) needs a history of what was acknowledged, which chaos campaigns keep."""
 
 
+Slots = tuple[tuple[int, int], ...]
+
+
+async def moving_slots(settings: Settings) -> Slots:
+    """The slots of moves that are not over: two shards may have their rows."""
+    from oncepay.etcd import Etcd
+    from shard.mover.records import Records
+
+    async with Etcd(settings.etcd) as etcd:
+        return tuple((move.first, move.last) for move in await Records(etcd).all() if not move.over)
+
+
 def target_of(
     status: Status,
     *,
@@ -50,6 +62,7 @@ def target_of(
     wait_s: float = WAIT_S,
     since: int = 0,
     tipalti: TipaltiSettings | None = None,
+    moving: Slots = (),
 ) -> Target:
     """Where the checker finds a cluster's parts. Raises Unreachable when a shard has no leader or a part isn't there."""
     from loadtest.checker import ShardTarget, Target, Unreachable
@@ -77,6 +90,7 @@ def target_of(
         tipalti_client_id=tipalti.client_id if tipalti else "",
         tipalti_client_secret=tipalti.client_secret if tipalti else "",
         tipalti_refresh_token=tipalti.refresh_token if tipalti else STAND_IN_TOKEN,
+        moving=moving,
     )
 
 
@@ -100,7 +114,13 @@ def _own_errors() -> Iterator[None]:
 
 
 async def verify_cluster(
-    status: Status, *, stripe_key: str = STAND_IN_KEY, wait_s: float = WAIT_S, since: int = 0, progress: Progress | None = None
+    status: Status,
+    *,
+    stripe_key: str = STAND_IN_KEY,
+    wait_s: float = WAIT_S,
+    since: int = 0,
+    progress: Progress | None = None,
+    moving: Slots = (),
 ) -> dict[str, Any]:
     """Check the cluster that `status` describes; the object that `oncepay verify --output json` prints.
 
@@ -110,7 +130,8 @@ async def verify_cluster(
     from loadtest.checker.model import silent
 
     with _own_errors():
-        return as_json(await check(target_of(status, stripe_key=stripe_key, wait_s=wait_s, since=since), progress or silent))
+        target = target_of(status, stripe_key=stripe_key, wait_s=wait_s, since=since, moving=moving)
+        return as_json(await check(target, progress or silent))
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -151,8 +172,13 @@ def verify(wait_s: float, since: dt.datetime | None, output: str) -> None:
     found = _status(cluster, wait_s)
     stripe_key = cluster.settings.stripe.api_key or STAND_IN_KEY
     since_s = int(since.replace(tzinfo=dt.UTC).timestamp()) if since else 0
+
+    async def check(progress: Progress | None) -> dict[str, Any]:
+        moving = await moving_slots(cluster.settings)
+        return await verify_cluster(found, stripe_key=stripe_key, wait_s=wait_s, since=since_s, progress=progress, moving=moving)
+
     with _progress_bars(quiet=output == "json") as progress:
-        verdict = asyncio.run(verify_cluster(found, stripe_key=stripe_key, wait_s=wait_s, since=since_s, progress=progress))
+        verdict = asyncio.run(check(progress))
     if output == "json":
         click.echo(json.dumps(verdict))
     else:

@@ -122,6 +122,8 @@ def _shared_parameters(tuning: Tuning) -> dict[str, object]:
         "max_replication_slots": 20,
         "max_active_replication_origins": 20,
         "max_logical_replication_workers": 8,
+        # The slots of moves follow the leader by Postgres' own means: Patroni would start standbys anew for a slot that is new.
+        "sync_replication_slots": True,
         "max_slot_wal_keep_size": tuning.max_slot_wal_keep_size,
         "synchronous_commit": "on",
         "full_page_writes": True,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import bisect
+import contextlib
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -76,6 +78,7 @@ class MapWatch:
     def __init__(self, etcd: Etcd) -> None:
         self._mirror = Mirror(etcd, MAP_KEY, on_change=self._changed)
         self._map: ShardMap | None = None
+        self._newer = asyncio.Event()
         self._callbacks: list[Callable[[ShardMap], None]] = []
 
     async def start(self, timeout_s: float = 60.0) -> None:
@@ -99,6 +102,13 @@ class MapWatch:
             raise EtcdUnavailable("no shard map has been read from etcd yet")
         return self._map
 
+    async def newer(self, version: int, timeout_s: float) -> None:
+        """Return as soon as a later map than `version` is there, at the latest after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._map is None or self._map.version <= version:
+                    await self._newer.wait()
+
     def on_change(self, callback: Callable[[ShardMap], None]) -> None:
         """Call `callback` with each new map."""
         self._callbacks.append(callback)
@@ -109,5 +119,7 @@ class MapWatch:
         seen = msgspec.json.decode(value.value, type=ShardMap)
         if self._map is None or seen.version > self._map.version:
             self._map = seen
+            self._newer.set()
+            self._newer = asyncio.Event()
             for callback in self._callbacks:
                 callback(seen)

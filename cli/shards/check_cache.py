@@ -130,7 +130,11 @@ async def _table(dsn: str) -> States:
     return {row["key"]: (row["version"], row["status"]) for row in rows}
 
 
-_OPEN = (
-    "select key, version, status from oncepay.payments where open_work"
-    " union all select key, version, status from oncepay.payouts where open_work"
-)
+_OPEN = """
+with owned as (select first, last from oncepay.ranges)
+select key, version, status from oncepay.payments p
+where open_work and exists (select from owned r where p.slot between r.first and r.last)
+union all
+select key, version, status from oncepay.payouts p
+where open_work and exists (select from owned r where p.slot between r.first and r.last)
+"""

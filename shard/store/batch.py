@@ -25,6 +25,7 @@ from oncepay.keys import slot as slot_of
 from oncepay.logs import get_logger
 from oncepay.payment import Payment
 from oncepay.shardmap import MapWatch
+from shard.store.evidence import prove
 from shard.store.leader import Leaders, Node
 from shard.store.rows import Put, entry_arrays, payment_of, put_arrays
 
@@ -44,9 +45,6 @@ WRITES_MAX = 1_000
 """Single writes that may wait for one shard; more are refused with TooBusy."""
 WAITING_MAX = 20_000
 """Operations that may wait for one shard; more are refused with TooBusy."""
-EVIDENCE_S = 5.0
-"""How long a commit's evidence may take before the outcome is called unknown."""
-EVIDENCE_PAUSES_S = (0.0, 0.001, 0.002, 0.005, 0.01)
 HURRY = "hurry"
 """Ends the message of a read's barrier whose reader waits for the aggregator to be so far: the feed then doesn't wait until a row
 changes."""
@@ -65,7 +63,6 @@ ROWS = Histogram("oncepay_store_batch_rows", "Operations in a batch.", ["shard"]
 SECONDS = Histogram("oncepay_store_batch_seconds", "A batch's commit with its evidence.", ["shard"])
 
 _CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 39))})"  # noqa: S608 (placeholders only)
-_EVIDENCE = "select at_lsn, proved from oncepay.evidence($1, $2)"
 
 
 class EpochOver(OncepayError):
@@ -361,21 +358,7 @@ class Batcher:
 
     async def _prove(self, connection: asyncpg.Connection) -> None:
         """Return when a member's physical standby has flushed past the commit just made in this session."""
-        members = self._leaders.member_slots(self.shard)
-        since: str | None = None
-        deadline_s = time.monotonic() + EVIDENCE_S
-        pauses = itertools.chain(EVIDENCE_PAUSES_S, itertools.repeat(0.02))
-        while True:
-            try:
-                row = await connection.fetchrow(_EVIDENCE, members, since)
-            except asyncpg.PostgresError as error:  # no refusal: the commit was before
-                raise OutcomeUnknown(f"no evidence from {self.shard}: {error!r}") from error
-            if row["proved"]:
-                return
-            since = row["at_lsn"]
-            if time.monotonic() > deadline_s:
-                raise OutcomeUnknown(f"no standby of {self.shard} has confirmed {since}")
-            await asyncio.sleep(next(pauses))
+        await prove(connection, self.shard, self._leaders.member_slots(self.shard))
 
     def _answer(self, batch: list[_Operation], rows: Sequence[Mapping[str, Any]]) -> None:
         puts = [o for o in batch if o.put is not None]

@@ -77,6 +77,12 @@ class Leaders:
             self._member_slots[shard] = found
         return found
 
+    def nodes(self, shard: str) -> list[Node]:
+        """All nodes of the shard that Patroni knows, by name."""
+        start = f"{shard}/members/"
+        found = (self._member(shard, key[len(start) :]) for key in sorted(self._mirror.kvs) if key.startswith(start))
+        return [node for node in found if node is not None]
+
     def _changed(self, key: str, value: KeyValue | None) -> None:
         shard, _, rest = key.partition("/")
         if rest != "leader" and not rest.startswith("members/"):
@@ -97,7 +103,9 @@ class Leaders:
         leader = self._mirror.get(f"{shard}/leader")
         if leader is None:
             return None
-        name = leader.value.decode()
+        return self._member(shard, leader.value.decode())
+
+    def _member(self, shard: str, name: str) -> Node | None:
         member = self._mirror.get(f"{shard}/members/{name}")
         if member is None:
             return None

@@ -36,6 +36,8 @@ HOLD_S = 30.0
 """How long an operation is held through a fence or a failover before its caller hears 503."""
 RETRY_PAUSE_S = 0.05
 RETRY_PAUSE_MAX_S = 1.0
+MOVED_PAUSE_MAX_S = 0.25
+"""How long an operation on a range that is handed over waits for a new map before it looks whether its old owner has it again."""
 
 T = TypeVar("T")
 _log = get_logger("store")
@@ -220,6 +222,7 @@ class Shards:
         pause_s = RETRY_PAUSE_S
         while True:
             error: Exception
+            version = self.maps.current.version if self.maps.known else 0
             try:
                 return await self._deadlines.within(max(0.1, deadline_s - time.monotonic()), attempt())
             except (NotOwner, OutcomeUnknown, ShardUnavailable, EtcdUnavailable) as problem:
@@ -228,6 +231,10 @@ class Shards:
                 error = ShardUnavailable(f"no answer from the payment's shard in {HOLD_S:.0f} s")
             if time.monotonic() + pause_s >= deadline_s:
                 raise error
+            if isinstance(error, NotOwner):  # a range that is handed over: the new map tells where it goes on
+                await self.maps.newer(version, pause_s)
+                pause_s = min(pause_s * 2, MOVED_PAUSE_MAX_S)
+                continue
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, RETRY_PAUSE_MAX_S)
 

@@ -16,7 +16,7 @@ from random import random
 import msgspec
 
 from oncepay.feed import PaymentRow
-from oncepay.keys import ISSUED_CHARACTERS, ISSUED_PREFIX
+from oncepay.keys import ISSUED_CHARACTERS, ISSUED_PREFIX, slot
 from oncepay.payment import WAITING, Key, Status
 from oncepay.settings import PollSettings
 
@@ -114,6 +114,10 @@ class PendingCache:
         self._counts = [0] * len(_STATUSES)
         self._settled = {}
 
+    def begin_load(self) -> None:
+        """More is going to be read from the table: from now on remember what gets settled, until `end_fill`."""
+        self._settled = {}
+
     def end_fill(self) -> None:
         """The feed has passed a barrier that was committed after the snapshot: everything is known."""
         self._settled = None
@@ -158,6 +162,13 @@ class PendingCache:
         bucket = self._entries.pop(pack(key), None)
         if bucket is not None:
             self._counts[bucket.status] -= 1
+
+    def forget_slots(self, first: int, last: int) -> int:
+        """Payments of these slots are another shard's now; how many there were."""
+        gone = [packed for packed in self._entries if first <= slot(unpack(packed)) <= last]
+        for packed in gone:
+            self._counts[self._entries.pop(packed).status] -= 1
+        return len(gone)
 
     # Looking
 

@@ -15,6 +15,7 @@ from oncepay.stripe_client import StripeGateway
 from oncepay.tipalti_client import TipaltiClient
 from shard.store.store import Shards
 from shard.worker.events import EventReader
+from shard.worker.guard import Guard
 from shard.worker.lease import Seat
 from shard.worker.stream import ROLE
 from shard.worker.worker import Worker
@@ -34,4 +35,6 @@ async def engine(shard: str, name: str, settings: Settings, etcd: Etcd, seat: Se
         stack.push_async_callback(shards.stop)
         driver = Driver(shards, stripe)
         reader = EventReader(etcd, stripe, shards, driver, lambda: shards.maps.current, http, settings, name)
-        yield Worker(shard, name, settings, shards, stripe, tipalti, driver, reader, seat, http)
+        worker = Worker(shard, name, settings, shards, stripe, tipalti, driver, reader, seat, http)
+        await stack.enter_async_context(Guard(shard, etcd, shards.leaders, settings, lambda: worker.active))
+        yield worker

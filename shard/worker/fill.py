@@ -14,6 +14,7 @@ import asyncpg
 
 from oncepay.errors import ShardUnavailable
 from oncepay.logs import get_logger
+from oncepay.shardmap import SLOTS
 from shard.worker.cache import PendingCache
 from shard.worker.feed import Feed
 from shard.worker.payout_cache import PayoutCache
@@ -28,37 +29,40 @@ _log = get_logger("cache")
 Connect = Callable[[str, int], Awaitable[asyncpg.Connection]]
 
 
-async def fill(cache: PendingCache, payouts: PayoutCache, feed: Feed, connect: Connect) -> None:
-    """Fill the caches, whose `begin_fill` was called before `feed` started. Raises ShardUnavailable: then try again.
+async def fill(
+    cache: PendingCache, payouts: PayoutCache, feed: Feed, connect: Connect, slots: tuple[int, int] = (0, SLOTS - 1)
+) -> None:
+    """Fill the caches with what is pending of `slots`. Raises ShardUnavailable: then try again.
 
-    `connect` opens a session with a node. The caches keep what the feed tells meanwhile.
+    `begin_fill` was called before `feed` was started, or `begin_load` before this. `connect` opens a session with a node. The
+    caches keep what the feed tells meanwhile.
     """
     before = await feed.fence()
-    rows = await _read(cache, payouts, connect, before.host, before.port)
+    rows = await _read(cache, payouts, connect, before.host, before.port, slots)
     after = await feed.fence()
     if after != before:
         raise ShardUnavailable(f"the leader changed from {before} to {after} while the cache was filled")
     cache.end_fill()
     payouts.end_fill()
-    _log.info("cache filled", rows=rows, pending=len(cache), payouts=len(payouts))
+    _log.info("cache filled", slots=slots, rows=rows, pending=len(cache), payouts=len(payouts))
 
 
-async def _read(cache: PendingCache, payouts: PayoutCache, connect: Connect, host: str, port: int) -> int:
+async def _read(cache: PendingCache, payouts: PayoutCache, connect: Connect, host: str, port: int, slots: tuple[int, int]) -> int:
     try:
         connection = await connect(host, port)
         try:
-            await _payout_pages(payouts, connection)
-            return await _pages(cache, connection)
+            await _payout_pages(payouts, connection, slots)
+            return await _pages(cache, connection, slots)
         finally:
             connection.terminate()
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise ShardUnavailable(f"the payments with open work can't be read: {error!r}") from error
 
 
-async def _pages(cache: PendingCache, connection: asyncpg.Connection) -> int:
-    slot, key, total = -1, "", 0
+async def _pages(cache: PendingCache, connection: asyncpg.Connection, slots: tuple[int, int]) -> int:
+    slot, key, total = slots[0], "", 0
     while True:
-        rows = await connection.fetch(_SQL, slot, key, PAGE_ROWS)
+        rows = await connection.fetch(_SQL, slot, key, PAGE_ROWS, slots[1])
         for row in rows:
             cache.put(row["key"], row["status"], row["version"], True, row["expires_s"])
         total += len(rows)
@@ -67,10 +71,10 @@ async def _pages(cache: PendingCache, connection: asyncpg.Connection) -> int:
         slot, key = rows[-1]["slot"], rows[-1]["key"]
 
 
-async def _payout_pages(payouts: PayoutCache, connection: asyncpg.Connection) -> None:
-    slot, key = -1, ""
+async def _payout_pages(payouts: PayoutCache, connection: asyncpg.Connection, slots: tuple[int, int]) -> None:
+    slot, key = slots[0], ""
     while True:
-        rows = await connection.fetch(_PAYOUTS, slot, key, PAGE_ROWS)
+        rows = await connection.fetch(_PAYOUTS, slot, key, PAGE_ROWS, slots[1])
         for row in rows:
             payouts.put(row["key"], row["status"], row["version"], True)
         if len(rows) < PAGE_ROWS:

@@ -23,3 +23,14 @@ CIRCUIT_OPEN = Gauge("oncepay_poll_circuit_open", "1 while polling pauses becaus
 REBUILDS = Counter(
     "oncepay_worker_rebuilds", "Rebuilds of what the aggregator derives from the shard, by outcome.", ["shard", "outcome"]
 )
+
+MOVE_STATE = Gauge("oncepay_move_state", "1 for the state that a move is in.", ["move", "source", "target", "state"])
+MOVE_ROWS = Gauge("oncepay_move_rows", "Rows of a move: in all, copied, verified, deleted.", ["move", "what"])
+MOVE_BYTES = Gauge("oncepay_move_copied_bytes", "Bytes that a move has copied.", ["move"])
+MOVE_LAG = Gauge("oncepay_move_lag_bytes", "How far a move's stream is behind, when it was last looked at.", ["move"])
+MOVE_RATE = Gauge("oncepay_move_rows_per_second", "Rows a second that a move copies or verifies.", ["move"])
+MOVE_LEFT = Gauge("oncepay_move_left_seconds", "How long the step that a move is in still takes; 0 when not known.", ["move"])
+MOVE_PAUSE = Gauge("oncepay_move_pause_seconds", "How long a move's range was held in its last switch or rollback.", ["move"])
+RESCUES = Counter(
+    "oncepay_move_rescues", "Fences ended whose operator process was gone, by the move's state then.", ["shard", "state"]
+)

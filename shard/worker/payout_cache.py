@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import msgspec
 
 from oncepay.feed import PayoutRow
+from oncepay.keys import slot
 from oncepay.payout import PayoutStatus
 from oncepay.settings import PayoutSettings
 
@@ -58,6 +59,10 @@ class PayoutCache:
         self._due.clear()
         self._settled = {}
 
+    def begin_load(self) -> None:
+        """More is going to be read from the table: from now on remember what gets settled, until `end_fill`."""
+        self._settled = {}
+
     def end_fill(self) -> None:
         """The feed has passed a barrier that was committed after the snapshot: everything is known."""
         self._settled = None
@@ -85,6 +90,13 @@ class PayoutCache:
     def forget(self, key: str) -> None:
         """The payout is another shard's now."""
         self._pending.pop(key, None)
+
+    def forget_slots(self, first: int, last: int) -> int:
+        """Payouts of these slots are another shard's now; how many there were."""
+        gone = [key for key in self._pending if first <= slot(key) <= last]
+        for key in gone:
+            del self._pending[key]
+        return len(gone)
 
     def next_due_s(self) -> float | None:
         """When the next look is due; it may have settled meanwhile."""

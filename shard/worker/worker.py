@@ -25,6 +25,7 @@ from shard.worker.fill import fill
 from shard.worker.forward import Forwarder
 from shard.worker.handed import Handed
 from shard.worker.lease import Seat
+from shard.worker.moved import Moved
 from shard.worker.payout_cache import PayoutCache
 from shard.worker.payouts import PayoutDesk
 from shard.worker.pgoutput import MalformedMessage
@@ -127,7 +128,8 @@ class Worker:
         raise StandDown("another worker has the seat")
 
     async def _poll(self, batcher: Batcher, feed: Feed) -> None:
-        """Fill the cache, then poll from it."""
+        """Fill the cache, then poll from it. What is moved to or from the shard is loaded and dropped meanwhile."""
+        moved = Moved(self.shard, self.cache, self.payouts, feed, self._shards.maps, self._shards.connect)
         while True:
             try:
                 await fill(self.cache, self.payouts, feed, self._shards.connect)
@@ -145,6 +147,7 @@ class Worker:
         async with asyncio.TaskGroup() as group:
             group.create_task(poller.run(), name="payments")
             group.create_task(desk.run(), name="payouts")
+            group.create_task(moved.run(), name="moved")
 
     def _owns(self, slot: int) -> bool:
         """Whether the shard owns the slot, by the map as it is known here."""

@@ -31,9 +31,12 @@ select count(*) filter (where status not in ('succeeded', 'failed', 'canceled'))
               or (status = 'attempted' and terms ->> 'payment_method' is not null)
               or (status = 'requires_payment_method' and terms ->> 'on_decline' = 'fail')
               or expires_at < now()) as driven
-from oncepay.payments
+from oncepay.payments p
 where open_work
+  and exists (select from oncepay.ranges r where p.slot between r.first and r.last)
 
 -- name: payout_counts
 -- Payouts that the platform still has to tell Tipalti of.
-select count(*) from oncepay.payouts where open_work and status in ('created', 'submitting')
+select count(*) from oncepay.payouts p
+where open_work and status in ('created', 'submitting')
+  and exists (select from oncepay.ranges r where p.slot between r.first and r.last)

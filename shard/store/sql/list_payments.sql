@@ -3,8 +3,9 @@
 with read as (
     select p.*, row_number() over (order by created_at desc, key collate "C" desc) as n
     from (
-        select * from oncepay.payments
-        where (created_at, key collate "C") < ($1::timestamptz, $2::text)
+        select * from oncepay.payments i
+        where exists (select from oncepay.ranges r where i.slot between r.first and r.last)  -- no copy of a move
+          and (created_at, key collate "C") < ($1::timestamptz, $2::text)
           and ($3::text is null or buyer = $3)
         order by created_at desc, key collate "C" desc
         limit $7
