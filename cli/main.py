@@ -26,6 +26,7 @@ COMMANDS = {
     "apikeys": Entry("cli.apikeys", "apikeys", "Make and revoke API keys."),
     "reshard": Entry("cli.reshard", "reshard", "Move ranges of slots between shards, under load."),
     "shards": Entry("cli.shards", "shards", "Look after single shards."),
+    "etcd": Entry("cli.etcd", "etcd", "Back up etcd, and restore it."),
     "config": Entry("cli.config", "config", "Show and check the settings."),
     "doctor": Entry("cli.doctor", "doctor", "Say what is wrong here, and what to do."),
     "reconcile": Entry("cli.reconcile", "reconcile", "Compare Stripe's books with ours, both ways."),

@@ -14,6 +14,10 @@ from deploy.programs import etcd_binary
 from oncepay.errors import OncepayError
 from oncepay.settings import EtcdSettings
 
+FORGOTTEN = ("leader", "sync", "status", "failsafe", "failover", "history", "members/")
+"""Of Patroni's keys of a shard, what must not be believed of an old snapshot: who led, and above all who was in the quorum. What
+stays are the shard's configuration and the id of its data."""
+
 
 class SnapshotFailed(OncepayError):
     """The snapshot can't be made or used."""

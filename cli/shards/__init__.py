@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from cli.resnapshot import resnapshot
+from cli.shards.accept import accept
 from cli.shards.backups import backup, backups, restore
 from cli.shards.check_cache import check_cache
 from cli.shards.compare import compare
@@ -37,6 +38,7 @@ COMMANDS = (
     backups,
     restore,
     compare,
+    accept,
     resnapshot,
     check_cache,
 )

@@ -154,6 +154,12 @@ async def _feed_drained(etcd: Etcd, settings: Settings, shard: str, position: in
         await asyncio.sleep(LOOK_S)
 
 
+async def open_moves(etcd: Etcd) -> list[str]:
+    """The ids of the moves that aren't over."""
+    moves, _ = await etcd.get_prefix("moves/")
+    return [kv.key.rpartition("/")[2] for kv in moves if json.loads(kv.value).get("state") not in OVER]
+
+
 def named_in(record: bytes, shard: str) -> str | None:
     """The state of a move that names the shard and isn't over; None for another one."""
     try:

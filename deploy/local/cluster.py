@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from deploy import etcd_snapshot, os_user, patroni, processes, programs
-from deploy.local import etcd_restore, secrets, status, supervisor
+from deploy import os_user, patroni, processes, programs
+from deploy.local import secrets, status, supervisor
 from deploy.local.bring_up import BringUp, Hooks, OnProgress, write_node_configs
 from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, WrongHome
 from deploy.local.etcd import Gateway
@@ -92,6 +92,11 @@ class Cluster:
         )
 
     @property
+    def plan(self) -> Plan:
+        """What its programs are made from. Raises NotRunning when there never was a cluster."""
+        return self._plan(self._memory())
+
+    @property
     def network(self) -> Network | None:
         """The network namespaces of the nodes, where they have any. Raises NotRunning when there never was a cluster."""
         memory = self._memory()
@@ -143,7 +148,7 @@ class Cluster:
         PortTaken, PartFailed, WrongHome.
         """
         self.layout.make()
-        with self._only_one_up():
+        with self.only_one_up():
             if self.is_running():
                 router = f"http://127.0.0.1:{self.ports.router}"
                 raise AlreadyRunning(
@@ -170,38 +175,6 @@ class Cluster:
                 self.down()
                 raise
 
-    def restore_etcd(
-        self,
-        snapshot: Path,
-        *,
-        prepare: Callable[[Settings], None],
-        hooks: Hooks | None = None,
-        report: Callable[[str], None] = lambda _: None,
-        timeout_s: float = UP_TIMEOUT_S,
-    ) -> Path:
-        """Stop everything, make etcd anew from the snapshot, and start again; where etcd's old data was put.
-
-        `prepare` is called while only etcd runs. When it fails before the start, the cluster stays down. Raises ClusterError,
-        SnapshotFailed, NoLog, and what `prepare` raises.
-        """
-        etcd_snapshot.look(snapshot)
-        memory = self._memory()
-        plan = self._plan(memory)
-        report("stopping everything")
-        self.down()
-        self.layout.make()
-        with self._only_one_up():
-            first = etcd_restore.first_nodes(self.layout, memory.shards, report)
-            report("making etcd anew")
-            kept = etcd_restore.make_data(plan, snapshot)
-            with etcd_restore.only_etcd(plan) as gateway:
-                report("forgetting what is old")
-                etcd_restore.forget_leaders(plan, gateway)
-                prepare(plan.settings)
-        report("starting")
-        self.up(hooks=hooks, timeout_s=timeout_s, first_nodes=first)
-        return kept
-
     def add_shard(
         self,
         shard: str,
@@ -217,7 +190,7 @@ class Cluster:
 
         Raises NotRunning, PortTaken, PartFailed; WrongHome for a name that can't be, or a shard too many.
         """
-        with self._only_one_up():
+        with self.only_one_up():
             control = self.supervisor()
             before = self.check_addition(shard)
             memory = before.with_shard(shard, restored=restore is not None)
@@ -261,6 +234,22 @@ class Cluster:
             raise WrongHome(f"there is no shard {shard}: there are {', '.join(memory.shards)}")
         return memory
 
+    def accept_shard(self, shard: str, *, on_progress: OnProgress | None = None, timeout_s: float = UP_TIMEOUT_S) -> None:
+        """Let the workers of a shard that was restored from a backup begin. Whether it owns anything is the caller's to know.
+
+        Raises NotRunning, PartFailed; WrongHome for a shard that isn't there.
+        """
+        with self.only_one_up():
+            control = self.supervisor()
+            before = self.check_shard(shard)
+            memory = msgspec.structs.replace(before, restored=tuple(name for name in before.restored if name != shard))
+            plan = dataclasses.replace(self._plan(memory), os_user=os_user.for_postgres())
+            config = supervisor.configuration(plan.programs(), self.layout, added_shard=shard, added_groups=("services",))
+            self.layout.supervisor_config.write_text(config, encoding="utf-8")
+            self.layout.remember(memory)
+            control.add_groups()
+            BringUp(plan, memory, Hooks(), on_progress or (lambda _: None), timeout_s, added=shard).run()
+
     def restored(self) -> tuple[str, ...]:
         """The shards that were made from a backup, and have not been accepted."""
         return self._memory().restored
@@ -270,7 +259,7 @@ class Cluster:
 
         When it is interrupted it may be called again. Raises NotRunning; WrongHome for a shard that isn't there.
         """
-        with self._only_one_up():
+        with self.only_one_up():
             self.supervisor()
             control = Supervisor(self.layout, timeout_s=DOWN_TIMEOUT_S)
             memory = self.check_shard(shard)
@@ -296,7 +285,8 @@ class Cluster:
         self.layout.supervisor_config.write_text(config, encoding="utf-8")
 
     @contextlib.contextmanager
-    def _only_one_up(self) -> Iterator[None]:
+    def only_one_up(self) -> Iterator[None]:
+        """Nobody else starts or changes this cluster meanwhile. Raises AlreadyRunning."""
         with open(self.layout.lock, "w", encoding="ascii") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

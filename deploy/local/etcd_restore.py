@@ -2,8 +2,9 @@
 
 What a snapshot remembers is old. What must not be believed of it, and what is done instead:
 
-- who leads a shard, and who may be elected: forgotten, and of each shard the node with the most log is started first
-- whatever else has to be forgotten is the caller's to do (`prepare`), while nothing but etcd runs
+- who leads a shard, and who may be elected: the caller forgets it (`prepare`), and of each shard the node with the most log is
+  started first
+- whatever else has to be forgotten is the caller's to do too, while nothing but etcd runs
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from pathlib import Path
 
 from deploy import etcd_snapshot, processes, programs
 from deploy.furthest import LogEnd, furthest, log_end
+from deploy.local.bring_up import Hooks
+from deploy.local.cluster import Cluster
 from deploy.local.errors import ClusterError
 from deploy.local.etcd import Gateway
 from deploy.local.layout import Layout
 from deploy.local.parts import Plan, node_names
 from deploy.local.ports import ETCD_MEMBERS
+from oncepay.settings import Settings
 
+UP_S = 240.0
 START_S = 60.0
 STOP_S = 10.0
 POLL_S = 0.1
-FORGOTTEN = ("leader", "sync", "status", "failsafe", "failover", "history", "members/")
-"""Of Patroni's keys of a shard; what stays are its configuration and the id of its data."""
 
 
 def members_of(plan: Plan) -> dict[str, int]:
@@ -55,7 +58,7 @@ def make_data(plan: Plan, snapshot: Path) -> Path:
 
 
 @contextmanager
-def only_etcd(plan: Plan) -> Iterator[Gateway]:
+def only_etcd(plan: Plan) -> Iterator[None]:
     """The members alone, as children of this process, until the block ends. Raises ClusterError when they don't come up."""
     running = []
     try:
@@ -73,7 +76,7 @@ def only_etcd(plan: Plan) -> Iterator[Gateway]:
             if time.monotonic() > deadline_s or any(process.poll() is not None for process in running):
                 raise ClusterError(f"etcd didn't come up from the snapshot: see {plan.layout.log('etcd-1')}")
             time.sleep(POLL_S)
-        yield gateway
+        yield
     finally:
         for process in running:
             process.terminate()
@@ -83,13 +86,6 @@ def only_etcd(plan: Plan) -> Iterator[Gateway]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def forget_leaders(plan: Plan, gateway: Gateway) -> None:
-    """Everything that Patroni must not believe of an old snapshot."""
-    for shard in plan.shards:
-        for key in FORGOTTEN:
-            gateway.delete_prefix(f"{plan.settings.etcd.prefix}/patroni/{shard}/{key}")
 
 
 def first_nodes(layout: Layout, shards: tuple[str, ...], report: Callable[[str], None]) -> tuple[str, ...]:
@@ -105,3 +101,33 @@ def first_nodes(layout: Layout, shards: tuple[str, ...], report: Callable[[str],
             found.append(first := furthest(ends))
             report(f"{first} has the most log of shard {shard}: it leads first")
     return tuple(found)
+
+
+def restore_etcd(
+    cluster: Cluster,
+    snapshot: Path,
+    *,
+    prepare: Callable[[Settings], None],
+    hooks: Hooks | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Stop everything, make etcd anew from the snapshot, and start again; where etcd's old data was put.
+
+    `prepare` is called while only etcd runs. When something fails before the start, the cluster stays down, and may be restored
+    again. Raises ClusterError, SnapshotFailed, NoLog, and what `prepare` raises.
+    """
+    etcd_snapshot.look(snapshot)
+    plan = cluster.plan
+    report("stopping everything")
+    cluster.down()
+    plan.layout.make()
+    with cluster.only_one_up():
+        first = first_nodes(plan.layout, plan.shards, report)
+        report("making etcd anew")
+        kept = make_data(plan, snapshot)
+        with only_etcd(plan):
+            report("forgetting what is old")
+            prepare(plan.settings)
+    report("starting")
+    cluster.up(hooks=hooks, timeout_s=UP_S, first_nodes=first)
+    return kept

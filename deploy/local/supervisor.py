@@ -68,11 +68,13 @@ def _section(program: Program, layout: Layout) -> str:
     return f"[program:{program.name}]\n" + "".join(f"{key} = {value}\n" for key, value in lines.items())
 
 
-def configuration(programs: Sequence[Program], layout: Layout, added_shard: str = "") -> str:
+def configuration(
+    programs: Sequence[Program], layout: Layout, added_shard: str = "", added_groups: Sequence[Group] = GROUPS
+) -> str:
     """The text of the supervisor's configuration file.
 
-    The programs of a shard that is added to a running cluster form groups of their own, because the supervisor
-    starts a group that has changed anew.
+    The programs of a shard that is added to a running cluster (those of `added_groups`) form groups of their own, because the
+    supervisor starts a group that has changed anew.
     """
     text = (
         f"[supervisord]\nlogfile = {_escape(str(layout.log('supervisor')))}\nlogfile_maxbytes = {LOG_BYTES}\n"
@@ -83,7 +85,8 @@ def configuration(programs: Sequence[Program], layout: Layout, added_shard: str 
         "supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface\n\n"
     )
     for priority, group in enumerate(GROUPS, start=1):
-        old = [program for program in programs if program.group == group and not (added_shard and program.shard == added_shard)]
+        added = added_shard if group in added_groups else ""
+        old = [program for program in programs if program.group == group and not (added and program.shard == added)]
         new = [program for program in programs if program.group == group and program not in old]
         for name, members in ((group, old), (f"{group}-{added_shard}", new)):
             if not members:

@@ -8,6 +8,7 @@ import asyncpg
 import msgspec
 
 from oncepay.errors import ShardUnavailable
+from oncepay.ownership import Owned
 from oncepay.settings import PostgresSettings
 
 ASK_S = 10.0
@@ -71,16 +72,26 @@ class Facts(msgspec.Struct, frozen=True):
     longest_transaction_s: float
 
 
+async def owned(host: str, port: int, postgres: PostgresSettings) -> list[Owned]:
+    """The ranges in the shard's own table. Raises ShardUnavailable."""
+    rows = await _ask(host, port, postgres, "select first, last, map_version from oncepay.ranges order by first")
+    return [Owned(row["first"], row["last"], row["map_version"]) for row in rows]
+
+
 async def facts(host: str, port: int, postgres: PostgresSettings) -> Facts:
     """Ask the leader at that address. Raises ShardUnavailable."""
+    [row] = await _ask(host, port, postgres, _SQL)
+    return msgspec.json.decode(row[0], type=Facts)
+
+
+async def _ask(host: str, port: int, postgres: PostgresSettings, query: str) -> list[asyncpg.Record]:
     try:
         connection = await asyncpg.connect(
             host=host, port=port, user=ROLE, password=postgres.operator_password, database=postgres.database, timeout=ASK_S
         )
         try:
-            text = await connection.fetchval(_SQL, timeout=ASK_S)
+            return list(await connection.fetch(query, timeout=ASK_S))
         finally:
             connection.terminate()
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise ShardUnavailable(f"the leader at {host}:{port} can't be asked: {error!r}") from error
-    return msgspec.json.decode(text, type=Facts)
