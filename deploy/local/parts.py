@@ -274,7 +274,7 @@ class Plan:
                 continue
             for replica in range(WORKERS_PER_SHARD):
                 own, name = self.ports.worker(self.number(shard), replica), f"worker-{shard}-{replica + 1}"
-                yield self._service(name, "worker", "shard.worker", own, ["--shard", shard, "--own-port", str(own)])
+                yield self._service(name, "worker", "shard.worker", own, ["--shard", shard, "--own-port", str(own)], shard=shard)
 
     def _aggregator(self) -> Iterator[Program]:
         own = self.ports.aggregator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -138,3 +139,39 @@ def test_an_old_etcd_is_warned_about(version: tuple[int, int, int], warned: bool
 def test_the_newest_postgres_is_chosen() -> None:
     assert (programs.postgres_bin() / "pg_rewind").is_file()
     assert programs.postgres_bin().parent.name == "pginstall18"
+
+
+def test_all_nodes_of_a_shard_archive_into_one_folder(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    parameters = [
+        json.loads(patroni.render(plan.node_config("s1", node)))["bootstrap"]["dcs"]["postgresql"]["parameters"]
+        for node in ("s1-1", "s1-3")
+    ]
+    assert parameters[0] == parameters[1]
+    assert parameters[0]["archive_mode"] == "always"
+    assert str(plan.layout.backups("s1") / "wal") in parameters[0]["archive_command"]
+    other = json.loads(patroni.render(plan.node_config("s0", "s0-1")))["bootstrap"]["dcs"]["postgresql"]["parameters"]
+    assert other["archive_command"] != parameters[0]["archive_command"]
+
+
+def test_a_restored_shard_gets_its_database_from_the_backup_and_no_worker(tmp_path: Path) -> None:
+    plan = dataclasses.replace(make_plan(tmp_path), restores={"s1": {"backup": "x"}}, restored=("s1",))
+    made = json.loads(patroni.render(plan.node_config("s1", "s1-2")))["bootstrap"]
+    assert made["method"] == "oncepay_restore"
+    assert str(plan.layout.node("s1-2") / "restore.json") in made["oncepay_restore"]["command"]
+    assert "initdb" not in made
+    assert "post_bootstrap" not in made
+    assert "method" not in json.loads(patroni.render(plan.node_config("s0", "s0-1")))["bootstrap"]
+    names = [program.name for program in plan.programs()]
+    assert "worker-s0-1" in names
+    assert "worker-s1-1" not in names
+
+
+def test_a_shard_that_is_added_or_accepted_changes_no_running_group(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    added = supervisor.configuration(plan.programs(), plan.layout, added_shard="s1")
+    assert "[group:data-s1]" in added
+    assert "[group:services-s1]" in added
+    accepted = supervisor.configuration(plan.programs(), plan.layout, added_shard="s1", added_groups=("services",))
+    assert "[group:data-s1]" not in accepted
+    assert "[group:services-s1]" in accepted

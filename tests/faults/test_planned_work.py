@@ -145,3 +145,20 @@ async def test_a_shard_restored_to_a_moment_names_what_stripe_knows_beyond_it(cl
         await run(cluster, "remove", "s5", "--yes")
     assert "s5" not in {shard["name"] for shard in (await run(cluster, "list"))["shards"]}
     assert not (cluster.layout.node("s5-1")).exists()
+
+
+async def test_a_shard_is_added_with_its_workers_and_removed_again(cluster: Cluster) -> None:
+    await whole(cluster)
+    added = await run(cluster, "add", "s5")
+    try:
+        shown = await run(cluster, "show", "s5")
+        assert shown["ranges"] == shown["facts"]["ranges"] == []
+        workers = [process for process in cluster.status().processes if process.name.startswith("worker-s5-")]
+        assert workers
+        assert all(process.pid for process in workers)
+        assert [slot["active"] for slot in shown["facts"]["slots"] if slot["slot"] == "oncepay_feed"] == [True]
+    finally:
+        await run(cluster, "remove", "s5", "--yes")
+    assert not [process for process in cluster.status().processes if "s5" in process.name]
+    assert "s5" not in {shard["name"] for shard in (await run(cluster, "list"))["shards"]}
+    print(f"added in {added['seconds']} s")
