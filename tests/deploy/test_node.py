@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from deploy import processes
 from deploy.local.parts import project_root
-from deploy.node import Beat
+from deploy.node import SMALL_DISK_FILE, Beat
+from tests.needs import needs
 
 TIMEOUT_S = 15.0
 
@@ -181,6 +182,8 @@ def test_a_program_that_never_led_is_left_alone(tmp_path: Path, wrap: list[Wrapp
         wrapped.process.wait(2)
     wrapped.process.terminate()
     assert wrapped.process.wait(5) == 0
+    wrapped.process.terminate()
+    assert wrapped.process.wait(5) == 0
 
 
 def test_a_new_wrapper_ends_what_a_killed_one_left(tmp_path: Path, wrap: list[Wrapped]) -> None:
@@ -196,3 +199,38 @@ def test_a_new_wrapper_ends_what_a_killed_one_left(tmp_path: Path, wrap: list[Wr
     wrap.append(second)
     assert second.line() == b"ready"
     assert not processes.is_alive(left)
+
+
+BEATS = (
+    "import os, time; pipe = os.open({pipe!r}, os.O_WRONLY); os.write(pipe, b'Ctimeout=1\\n'); print('ready', flush=True)\n"
+    "while True:\n    os.write(pipe, b'1'); time.sleep(0.1)"
+)
+
+
+@needs(os.geteuid() == 0, "root, for a disk in a mount namespace")
+def test_a_leader_on_a_disk_that_is_nearly_full_gives_way_but_not_again_at_once(tmp_path: Path, wrap: list[Wrapped]) -> None:
+    (tmp_path / SMALL_DISK_FILE).write_text("1", encoding="ascii")
+    script = BEATS.format(pipe=str(tmp_path / "watchdog"))
+    first = Wrapped(tmp_path, script)
+    wrap.append(first)
+    assert first.process.wait(10) == 0
+    assert b"this leader gives way" in first.process.communicate()[1]
+    second = Wrapped(tmp_path, script)
+    wrap.append(second)
+    assert second.line() == b"ready"
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.process.wait(2.5)
+    second.process.terminate()
+    assert second.process.wait(5) == 0
+
+
+@needs(os.geteuid() == 0, "root, for a disk in a mount namespace")
+def test_a_standby_on_a_full_disk_stays(tmp_path: Path, wrap: list[Wrapped]) -> None:
+    (tmp_path / SMALL_DISK_FILE).write_text("1", encoding="ascii")
+    wrapped = Wrapped(tmp_path, "print('ready', flush=True); import signal; signal.pause()")
+    wrap.append(wrapped)
+    assert wrapped.line() == b"ready"
+    with pytest.raises(subprocess.TimeoutExpired):
+        wrapped.process.wait(2)
+    wrapped.process.terminate()
+    assert wrapped.process.wait(5) == 0
