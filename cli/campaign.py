@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,12 +100,14 @@ class Campaign:
             recorder.note("campaign", seed=self._seed, minutes=self._minutes)
             possible = [name for name, kind in FAULTS.items() if kind.is_possible(self._cluster)]
             deck = Deck(possible, [shard.name for shard in status.shards], self._seed)
-            while not self._inflicted or time.monotonic() - began_s < 60 * self._minutes:
-                await asyncio.to_thread(set_faults, status, self._seed)  # also after a restart of everything
-                await recorder.more(PAYMENTS_BETWEEN, within_s=STEADY_S)
-                await self._one(recorder, *deck.draw(), began_s)
-                if self._inflicted[-1].failed:
-                    break
+            with progress_bar(self._console, 60 * self._minutes) as progress:
+                while not self._inflicted or time.monotonic() - began_s < 60 * self._minutes:
+                    await asyncio.to_thread(set_faults, status, self._seed)  # also after a restart of everything
+                    await recorder.more(PAYMENTS_BETWEEN, within_s=STEADY_S)
+                    await self._one(recorder, *deck.draw(), began_s)
+                    progress(time.monotonic() - began_s)
+                    if self._inflicted[-1].failed:
+                        break
             await recorder.more(PAYMENTS_BETWEEN, within_s=STEADY_S)
             await recorder.stop()
             await asyncio.to_thread(set_no_faults, status)
@@ -200,6 +203,17 @@ class Campaign:
         ]
         lines += ["", "## Violations", "", *([f"- {text}" for text in self._violations] or ["None."]), ""]
         return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, seconds: float) -> Iterator[Callable[[float], None]]:
+    """A bar of the campaign's time, with an estimate; what it yields takes the seconds that have passed."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("campaign", total=seconds)
+        yield lambda passed_s: bars.update(task, completed=min(passed_s, seconds))
 
 
 def set_no_faults(status: Status) -> None:

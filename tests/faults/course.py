@@ -38,8 +38,8 @@ class Seen(NamedTuple):
         return self.recorder.refused(self.times["begun"])
 
 
-async def suffer(cluster: Cluster, name: str) -> Seen:
-    """Inflict it while buyers pay. What they were told is there in the end, once; nobody was answered backwards."""
+async def suffer(cluster: Cluster, name: str, hold_s: float | None = None) -> Seen:
+    """Inflict it while buyers pay, for `hold_s` at least. What they were told is there in the end, once; nobody was answered backwards."""
     hands = Hands(cluster, SHARD, hooks(cluster))
     await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole before", 120, 0.5)
     status = await asyncio.to_thread(cluster.status)
@@ -47,7 +47,7 @@ async def suffer(cluster: Cluster, name: str) -> Seen:
     fault = FAULTS[name](hands)
     async with Recorder(status.urls["router"], status.api_key, ranges) as recorder:
         await recorder.more(AROUND)
-        times = await asyncio.to_thread(inflict, fault)
+        times = await asyncio.to_thread(inflict, fault, hold_s=hold_s)
         await recorder.more(AROUND)
         await recorder.stop()
         assert await recorder.check() == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from deploy.local import Cluster
+from shard.store.store import HOLD_S
 from tests.faults.course import SLACK, suffer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
@@ -52,6 +53,16 @@ async def test_with_both_standbys_frozen_nothing_is_acknowledged(cluster: Cluste
     told = [answer for answer in seen.recorder.answers if answer.told and first_s < answer.at_s < last_s]
     assert last_s - first_s > 5
     assert told == []
+
+
+@pytest.mark.faults
+async def test_who_is_held_for_too_long_is_told_when_to_come_again(cluster: Cluster) -> None:
+    """Longer than the hold's bound: 503 with `Retry-After`, any other refusal would be a violation. Nobody waits for longer."""
+    seen = await suffer(cluster, "freeze-standbys", hold_s=HOLD_S + 8)
+    refused = [answer for answer in seen.recorder.since(seen.times["begun"]) if not answer.told]
+    assert {answer.status for answer in refused} == {503}
+    assert all(answer.took_s > HOLD_S - 5 for answer in refused)
+    assert seen.slowest_s() < HOLD_S + 6 * SLACK
 
 
 @pytest.mark.faults
