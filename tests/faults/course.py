@@ -39,7 +39,10 @@ class Seen(NamedTuple):
 
 
 async def suffer(cluster: Cluster, name: str, hold_s: float | None = None) -> Seen:
-    """Inflict it while buyers pay, for `hold_s` at least. What they were told is there in the end, once; nobody was answered backwards."""
+    """Inflict it while buyers pay, for `hold_s` at least.
+
+    What they were told is there in the end, once; nobody was answered backwards.
+    """
     hands = Hands(cluster, SHARD, hooks(cluster))
     await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole before", 120, 0.5)
     status = await asyncio.to_thread(cluster.status)
