@@ -146,7 +146,8 @@ class Campaign:
         mark = f"[red]✗ {found.failed}[/red]" if found.failed else "[green]✓[/green]"
         self._console.print(
             f"{found.at_s:6.0f} s  {name:<28} {shard}  {beside:<16} gap {found.gap_s:5.1f} s"
-            f"  slowest {found.slowest_s:5.1f} s  {len(recorder.told):,} payments {mark}"
+            f"  slowest {found.slowest_s:5.1f} s  {len(recorder.told):,} payments {mark}",
+            soft_wrap=True,
         )
 
     async def _beside(self, name: str, shard: str) -> dict[str, float]:
@@ -176,7 +177,8 @@ class Campaign:
         report.write_text(self._report(result, recorder), encoding="utf-8")
         self._console.print(
             f"{'[green]✓[/green]' if result['ok'] else '[red]✗[/red]'} {result['faults']} faults of {result['kinds']} kinds,"
-            f" {result['acknowledged']:,} payments acknowledged, {len(self._violations)} violations; {report}"
+            f" {result['acknowledged']:,} payments acknowledged, {len(self._violations)} violations; {report}",
+            soft_wrap=True,
         )
         for violation in self._violations:
             self._console.print(f"[red]✗[/red] {violation}")
