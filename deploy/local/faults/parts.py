@@ -73,7 +73,8 @@ class _KillProcess(Fault):
 
     def begin(self) -> None:
         prefix = self.prefix_of(self.hands)
-        found = [each for each in self.hands.cluster.status().processes if each.name.startswith(prefix) and each.pid]
+        running = [each for each in self.hands.cluster.status().processes if each.pid]
+        found = [each for each in running if each.name == prefix] or [each for each in running if each.name.startswith(prefix)]
         if not found:
             raise FaultFailed(f"there is no {self.prefix} to kill")
         self.target, pid = found[0].name, found[0].pid
