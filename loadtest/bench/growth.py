@@ -71,19 +71,29 @@ async def grow(dsn: str, rows: int) -> float:
             left_s = (time.monotonic() - began_s) / (first + AT_ONCE) * max(0, rows - first - AT_ONCE)
             print(f"{min(first + AT_ONCE, rows):,} of {rows:,} rows, {left_s:.0f} s left", file=sys.stderr, flush=True)
         for table in ("payments", "entries", "balance_links"):
-            await connection.execute(f"analyze oncepay.{table}")
-        await connection.execute("checkpoint")
+            await connection.execute(f"vacuum (analyze) oncepay.{table}")  # else autovacuum does it while payments are measured
     finally:
         await connection.close()
     return time.monotonic() - began_s
 
 
-def cost(running: Running, count: int, rounds: int, first: int) -> dict[str, Any]:
-    """Medians of what a payment costs."""
+async def log_end(dsn: str) -> int:
+    """How many bytes the shard's log has had until now."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return int(await connection.fetchval("select (pg_current_wal_lsn() - '0/0'::pg_lsn)::bigint"))
+    finally:
+        await connection.close()
+
+
+def cost(running: Running, dsn: str, count: int, rounds: int, first: int) -> dict[str, Any]:
+    """Medians of what a payment costs, and the bytes that it writes to the leader's log."""
     round_of(running, 500, CONNECTIONS, first)
+    began = asyncio.run(log_end(dsn))
     found = [round_of(running, count, CONNECTIONS, first + n * count) for n in range(rounds)]
     names = ("cpu_ms", "cpu_ms_path", "per_s", "p50_ms", "p99_ms")
     medians: dict[str, Any] = {name: statistics.median(each[name] for each in found) for name in names}
+    medians["log_bytes"] = round((asyncio.run(log_end(dsn)) - began) / (count * rounds))
     medians["cpu_ms_postgres"] = statistics.median(each["cpu_ms_by_kind"]["Postgres of node"] for each in found)
     return medians
 
@@ -92,9 +102,9 @@ def measure(running: Running, rows: int, count: int, rounds: int) -> dict[str, A
     dsn = superuser_dsn(running)
     round_of(running, SMALL, CONNECTIONS, 0)
     disk = on_disk(dsn)
-    small = cost(running, count, rounds, SMALL)
+    small = cost(running, dsn, count, rounds, SMALL)
     took_s = asyncio.run(grow(dsn, rows))
-    large = cost(running, count, rounds, 2 * SMALL)
+    large = cost(running, dsn, count, rounds, 2 * SMALL)
     return {
         "bytes_each": disk["bytes_each"],
         "disk_small": disk,
