@@ -32,7 +32,7 @@ check: $(STAMP) ## the fast part: lint, types, import rules, tests that need no 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not cluster" $(ARGS) $(NONE_IS_FINE)
+	$(BIN)/python -m pytest -q -m "not cluster and not faults" $(ARGS) $(NONE_IS_FINE)
 
 fmt: $(STAMP) ## format the code
 	$(BIN)/ruff check --fix .
@@ -51,8 +51,8 @@ load: $(STAMP) ## locust for a minute against the local cluster (WEB=1 opens its
 	$(BIN)/python -m loadtest.load $(if $(WEB),--web) $(ARGS)
 
 faults: $(STAMP) ## the fault tests, all of them
-	$(BIN)/python -m pytest -q -m faults tests/shard $(ARGS) $(NONE_IS_FINE)
-	$(BIN)/python -m pytest -q -m "cluster or faults" tests/faults $(ARGS) $(NONE_IS_FINE)
+	$(BIN)/python -m pytest -q -m faults $(ARGS) $(NONE_IS_FINE)
+	$(BIN)/python -m pytest -q -m "cluster and not faults" tests/faults $(ARGS) $(NONE_IS_FINE)
 
 soak: $(STAMP) ## replay the purchases again and again with faults, for an hour (ARGS="--minutes 10")
 	$(BIN)/python -m loadtest.soak $(ARGS)
