@@ -1,0 +1,186 @@
+"""The numbers of a move: how long the range is held, how slow answers outside get, how fast the copy is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+
+from loadtest.bench.own_cluster import machine
+from loadtest.reshard.commands import Operator
+from loadtest.reshard.matrix import SLOTS, owner, whole
+from loadtest.reshard.traffic import Answer, Traffic, quantile
+from oncepay.settings import load
+
+FIRST = 20_000
+QUIET_S = 10.0
+"""Traffic without a move, to compare with."""
+TABLES = ("payments", "entries", "balance_links")
+
+_PLANT = """
+insert into oncepay.payments (slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
+    fingerprint, terms, progress, open_work, disputed, event, actor, created_at, updated_at, expires_at)
+select slot, key, 'succeeded', 4, 'buyer-' || n % 1000, 'usd', 1000, 1000, 0, 'pi_' || key, sha256(key::bytea),
+    $4::jsonb, '{}', false, false, 'planted', 'planted', now(), now(), now()
+from (select n, $3 || n as key, oncepay.slot_of($3 || n) as slot from generate_series($5::bigint, $6::bigint) n) k
+where slot between $1 and $2
+"""
+_TERMS = (
+    '{"items": [{"seller": "s", "amount": 1000, "quantity": 1, "description": "A record"}],'
+    ' "shares": [{"seller": "s", "gross": 1000, "fee": 100}], "api_version": "2026-10-28.endive"}'
+)
+_PLANT_ENTRIES = """
+insert into oncepay.entries (slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at)
+select slot, key, 'payment', 'payment', 'usd', 'planted', array['stripe:clearing', 'seller:s:payable', 'platform:fees'],
+    array[1000, -900, -100], array['', 's', ''], now()
+from oncepay.payments where actor = 'planted' and slot between $1 and $2 and key >= $3
+    and not exists (select from oncepay.entries e where e.slot = payments.slot and e.key = payments.key)
+"""
+
+
+async def session(operator: Operator, shard: str) -> asyncpg.Connection:
+    """A superuser's session with the shard's leader."""
+    status = await operator.must("status")
+    found = next(item for item in status["shards"] if item["name"] == shard)
+    port = next(node["port"] for node in found["nodes"] if node["name"] == found["leader"])
+    postgres = load(operator.home / "oncepay.toml").postgres
+    return await asyncpg.connect(
+        host="127.0.0.1", port=port, user=postgres.superuser, password=postgres.superuser_password, database=postgres.database
+    )
+
+
+async def plant(operator: Operator, shard: str, first: int, last: int, count: int) -> None:
+    """Settled payments with an entry each, in the range. They stand in the shard alone: the feed leaves them out."""
+    connection = await session(operator, shard)
+    try:
+        await connection.execute("select pg_replication_origin_create('planted')")
+        await connection.execute("select pg_replication_origin_session_setup('planted')")
+        tried, step = 0, max(10_000, int(20_000 * 65_536 / (last - first + 1)))
+        made = 0
+        while made < count:
+            tag = await connection.execute(_PLANT, first, last, "planted-", _TERMS, tried, tried + step - 1)
+            made += int(tag.rpartition(" ")[2])
+            tried += step
+        await connection.execute(_PLANT_ENTRIES, first, last, "planted-")
+        await connection.execute("select pg_replication_origin_session_reset()")
+        await connection.execute("select pg_replication_origin_drop('planted')")
+        await connection.execute("analyze oncepay.payments, oncepay.entries")
+    finally:
+        await connection.close()
+
+
+async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: int) -> dict[str, Any]:
+    """Move one range there and back, `moves` times, while payments go on inside and outside of it."""
+    status = await whole(operator)
+    last = FIRST + SLOTS - 1
+    names = [shard["name"] for shard in status["shards"]]
+    if payments:
+        await plant(operator, owner(status, FIRST), FIRST, last, payments)
+    traffic = Traffic(status["urls"]["router"], status["api_key"], FIRST, last)
+    held: list[float] = []
+    rows = 0
+    began_s = time.monotonic()
+    async with traffic.running(rate_per_s):
+        await asyncio.sleep(QUIET_S)
+        quiet_until_s = time.monotonic()
+        for number in range(moves):
+            source = owner(await operator.must("status"), FIRST)
+            target = next(name for name in names if name != source)
+            plan = await operator.must("reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target)
+            started = await operator.must("reshard", "start", plan["move"])
+            switched = await operator.must("reshard", "switch", plan["move"])
+            held.append(switched["pause_s"])
+            rows = started["rows_copied"]
+            await operator.must("reshard", "finish", plan["move"])
+            del number
+    quiet = [each for each in traffic.answers if each.began_s < quiet_until_s]
+    moving = [each for each in traffic.answers if each.began_s >= quiet_until_s]
+    return {
+        "ok": all(each.status in {200, 201} for each in traffic.answers),
+        "moves": moves,
+        "rows": rows,
+        "rate_per_s": rate_per_s,
+        "seconds": round(time.monotonic() - began_s, 1),
+        "payments": len(traffic.answers),
+        "errors": sum(each.status not in {200, 201} for each in traffic.answers),
+        "pause_s": {"p50": quantile(held, 0.5), "p99": quantile(held, 0.99), "max": max(held, default=0.0), "all": held},
+        "outside_s": {"quiet": _spread(quiet, inside=False), "moving": _spread(moving, inside=False)},
+        "inside_s": {"quiet": _spread(quiet, inside=True), "moving": _spread(moving, inside=True)},
+        "machine": machine(),
+    }
+
+
+def _spread(answers: list[Answer], *, inside: bool) -> dict[str, float]:
+    took = [each.took_s for each in answers if each.inside is inside]
+    return {name: round(quantile(took, part), 3) for name, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
+
+
+async def copy_beside_copy(operator: Operator, payments: int) -> dict[str, Any]:
+    """Rows a second of a move's copy, and of COPY piped into COPY: same rows, same indexes and constraints, same standbys."""
+    status = await whole(operator)
+    last = FIRST + SLOTS - 1
+    source = owner(status, FIRST)
+    target = next(shard["name"] for shard in status["shards"] if shard["name"] != source)
+    await plant(operator, source, FIRST, last, payments)
+    plain_s, rows = await _plain(operator, source, target, FIRST, last)
+    plan = await operator.must("reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target)
+    process = await operator.start("reshard", "start", plan["move"])
+    began_s = ended_s = 0.0
+    while process.returncode is None:
+        move = await operator.must("reshard", "status", plan["move"])
+        if move["state"] == "copy" and not began_s:
+            began_s = time.monotonic()
+        if move["state"] not in {"plan", "copy"}:
+            ended_s = time.monotonic()
+            break
+    await operator.end(process)
+    await operator.must("reshard", "abort", plan["move"])
+    return {
+        "rows": rows,
+        "plain_rows_per_s": round(rows / plain_s),
+        "move_rows_per_s": round(rows / (ended_s - began_s)),
+        "share": round(plain_s / (ended_s - began_s), 2),
+        "machine": machine(),
+    }
+
+
+async def _plain(operator: Operator, source: str, target: str, first: int, last: int) -> tuple[float, int]:
+    """COPY out piped into COPY in, table by table: seconds and rows."""
+    out, into = await session(operator, source), await session(operator, target)
+    try:
+        await into.execute("create schema if not exists plain")
+        for table in TABLES:
+            await into.execute(f"create table plain.{table} (like oncepay.{table} including all)")
+        await into.execute(
+            "alter table plain.balance_links add foreign key (slot, key, entry_id) references plain.entries (slot, key, entry_id)"
+        )
+        rows, began_s = 0, time.monotonic()
+        for table in TABLES:
+            rows += await _pipe(out, into, table, first, last)
+        took_s = time.monotonic() - began_s
+        await into.execute("drop schema plain cascade")
+        return took_s, rows
+    finally:
+        await out.close()
+        await into.close()
+
+
+async def _pipe(out: asyncpg.Connection, into: asyncpg.Connection, table: str, first: int, last: int) -> int:
+    pieces: asyncio.Queue[bytes | None] = asyncio.Queue(32)
+
+    async def read() -> None:
+        query = f"select * from oncepay.{table} where slot between {first} and {last}"
+        await out.copy_from_query(query, output=pieces.put, format="binary")
+        await pieces.put(None)
+
+    async def incoming() -> AsyncIterator[bytes]:
+        while (piece := await pieces.get()) is not None:
+            yield piece
+
+    reading = asyncio.create_task(read())
+    tag = await into.copy_to_table(table, schema_name="plain", source=incoming(), format="binary")
+    await reading
+    return int(tag.rpartition(" ")[2])
