@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -40,10 +41,11 @@ FAULTS: dict[str, Any] = {
 @click.option("--count", type=click.IntRange(1, ALL), default=ALL, show_default=True, help="How many purchases.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the faults and of the declined cards.")
 @click.option("--speed", type=click.FloatRange(min=0.01), help="Days of the data a second; as fast as it goes by default.")
+@click.option("--reshard", is_flag=True, help="Move half of a shard to another one in the midst of the replay.")
 @click.option("--keep", is_flag=True, help="Leave the cluster running, to look around.")
 @output_option
 @handle_errors
-def demo(count: int, seed: int, speed: float | None, keep: bool, output: str) -> None:
+def demo(count: int, seed: int, speed: float | None, reshard: bool, keep: bool, output: str) -> None:
     """Start a cluster, replay real purchases of an online music shop on it, verify every promise, and stop.
 
     The stand-in for Stripe declines some, asks some for time, loses some answers and webhooks and doubles others; the
@@ -53,6 +55,7 @@ def demo(count: int, seed: int, speed: float | None, keep: bool, output: str) ->
     Example:
       oncepay demo
       oncepay demo --count 500 --keep
+      oncepay demo --reshard
       oncepay demo --output json
     """
     from rich.console import Console
@@ -69,7 +72,7 @@ def demo(count: int, seed: int, speed: float | None, keep: bool, output: str) ->
         startup_s = time.monotonic() - began_s
         status = cluster.status()
         set_faults(status, seed)
-        result = asyncio.run(run(status, count, seed, speed, console))
+        result = asyncio.run(run(status, count, seed, speed, console, cluster if reshard else None))
         result["startup_seconds"] = round(startup_s, 1)
         if output == "json":
             click.echo(json.dumps(public(result)))
@@ -122,8 +125,12 @@ def set_faults(status: Status, seed: int) -> None:
         pass
 
 
-async def run(status: Status, count: int, seed: int, speed: float | None, console: Console) -> dict[str, Any]:
-    """Replay, verify, and gather what the summary shows."""
+async def run(
+    status: Status, count: int, seed: int, speed: float | None, console: Console, resharded: Cluster | None = None
+) -> dict[str, Any]:
+    """Replay, verify, and gather what the summary shows. Half of a shard of `resharded` moves meanwhile."""
+    from cli.demo_reshard import BEGIN_AT, split
+    from cli.reshard import as_json as reshard_json
     from cli.verify import verify_cluster
     from loadtest.purchases import purchases
     from loadtest.replay import replay
@@ -134,14 +141,27 @@ async def run(status: Status, count: int, seed: int, speed: float | None, consol
         router=urls["router"], keygen=urls["keygen"], aggregator=urls["aggregator"], api_key=status.api_key
     ) as client:
         found = list(purchases(count))
+        begin = asyncio.Event()
+        moving = asyncio.create_task(split(resharded.settings, begin, console.print)) if resharded else None
         with progress_bar(console, len(found)) as advance:
-            tally = await replay(client, found, seed=seed, days_per_s=speed, on_settled=advance)
+            settled = itertools.count(1)
+
+            def on_settled() -> None:
+                advance()
+                if next(settled) >= BEGIN_AT * len(found):
+                    begin.set()
+
+            tally = await replay(client, found, seed=seed, days_per_s=speed, on_settled=on_settled)
+        move = await moving if moving else None
+        if resharded is not None:
+            status = await asyncio.to_thread(resharded.status)
         verifying_s = time.monotonic()
         with console.status("verifying every payment at the shards, at Stripe and in the derived data"):
             verdict = await verify_cluster(status)
         return {
             **figures(tally),
             "verify": verdict,
+            "move": reshard_json(move) if move else None,
             "verify_seconds": round(time.monotonic() - verifying_s, 1),
             "tally": tally,
             "sellers": await client.derived("/v1/sellers", limit=8),
@@ -163,8 +183,8 @@ def figures(tally: Tally) -> dict[str, Any]:
 
 def public(result: dict[str, Any]) -> dict[str, Any]:
     """What --output json prints."""
-    names = ("payments", "amount_minor", "seconds", "startup_seconds", "verify_seconds", "verify")
-    return {name: result[name] for name in names}
+    names = ("payments", "amount_minor", "seconds", "startup_seconds", "verify_seconds", "verify", "move")
+    return {name: result[name] for name in names if name != "move" or result[name]}
 
 
 async def stripe_counts(url: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import asyncpg
 import msgspec
 
-from oncepay.errors import OutcomeUnknown
 from oncepay.logs import get_logger
 from shard.mover.side import Side
 from shard.mover.tables import Table
@@ -98,18 +97,16 @@ class Copier:
         done = await self.copied()
         source, target = await self._giver.open(), await self._taker.open()
         try:
-            await self._set_up(target)
-            slots = max(1, int(CHUNK_ROWS / self._rows_per_slot))
-            while done.next_slot <= self._last:
-                began_s = time.monotonic()
-                last = min(done.next_slot + slots - 1, self._last)
-                rows, size = await self._chunk(source, target, done.next_slot, last)
-                done = Copied(last + 1, done.rows + rows, done.bytes + size)
-                await on_chunk(done)
-                await self._throttle(target, rows, time.monotonic() - began_s)
-        except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError,
-                asyncpg.OperatorInterventionError, asyncpg.InternalClientError) as error:  # fmt: skip
-            raise OutcomeUnknown(f"the copy was cut off: {error!r}") from error
+            with self._taker.own_errors():
+                await self._set_up(target)
+                slots = max(1, int(CHUNK_ROWS / self._rows_per_slot))
+                while done.next_slot <= self._last:
+                    began_s = time.monotonic()
+                    last = min(done.next_slot + slots - 1, self._last)
+                    rows, size = await self._chunk(source, target, done.next_slot, last)
+                    done = Copied(last + 1, done.rows + rows, done.bytes + size)
+                    await on_chunk(done)
+                    await self._throttle(target, rows, time.monotonic() - began_s)
         finally:
             source.terminate()
             target.terminate()
@@ -169,8 +166,12 @@ async def _pipe(source: asyncpg.Connection, target: asyncpg.Connection, table: T
     async def out() -> None:
         try:
             await source.copy_from_query(table.copy_out(first, last), output=pieces.put, format="binary")
-        finally:
-            await pieces.put(None)
+        except BaseException:
+            while not pieces.empty():  # what waits for room would wait for ever
+                pieces.get_nowait()
+            pieces.put_nowait(None)
+            raise
+        await pieces.put(None)
 
     async def incoming() -> AsyncIterator[bytes]:
         nonlocal size
@@ -183,9 +184,12 @@ async def _pipe(source: asyncpg.Connection, target: asyncpg.Connection, table: T
         tag = await target.copy_to_table(
             table.name, schema_name="oncepay", columns=table.columns, source=incoming(), format="binary"
         )
-        await reading
-    finally:
-        if not reading.done():
-            reading.cancel()
+    except BaseException as error:
+        came_first = reading.done()
+        reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
+        if came_first and isinstance(error, asyncpg.PostgresError):
+            await reading  # it tells why
+        raise
+    await reading
     return int(tag.rpartition(" ")[2]), size

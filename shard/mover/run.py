@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+import asyncpg
 from msgspec.structs import replace
 
 from oncepay.errors import Unavailable
@@ -482,18 +483,19 @@ class Journey:
         move, gone = self.move, 0
         session = await side.open(mover=True)
         try:
-            for table in reversed(self._tables):
-                while True:
-                    count = await session.fetchval(
-                        _DELETE, move.id, self._hold.epoch, table.name, move.first, move.last, DELETE_ROWS
-                    )
-                    gone += count
-                    if count:
-                        await self._progress({"rows_deleted": gone})
-                    if count < DELETE_ROWS:
-                        break
-        except (OSError, TimeoutError) as error:
-            raise Unavailable(f"shard {side.shard}: {error!r}") from error
+            with side.own_errors():
+                for table in reversed(self._tables):
+                    gone = await self._delete_rows(session, table, gone)
         finally:
             session.terminate()
         await drop_stale(side, [name + tail for name in stream_names(move.id) for tail in ("", "_check")])
+
+    async def _delete_rows(self, session: asyncpg.Connection, table: Table, gone: int) -> int:
+        """Delete the range's rows of one table; how many are gone then, of all tables."""
+        move, count = self.move, DELETE_ROWS
+        while count >= DELETE_ROWS:
+            count = await session.fetchval(_DELETE, move.id, self._hold.epoch, table.name, move.first, move.last, DELETE_ROWS)
+            gone += count
+            if count:
+                await self._progress({"rows_deleted": gone})
+        return gone

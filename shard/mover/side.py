@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import asyncpg
@@ -81,15 +81,21 @@ class Side:
         """The side's own session, for one caller at a time. What Postgres refuses becomes an error of the move."""
         async with self._lock:
             try:
-                yield await self._current()
-            except (*_LOST, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError) as error:
-                await self.close()
-                raise OutcomeUnknown(f"shard {self.shard}: {error!r}") from error
+                with self.own_errors():
+                    yield await self._current()
             except (OutcomeUnknown, asyncio.CancelledError):
                 await self.close()
                 raise
-            except asyncpg.PostgresError as error:
-                raise self._own(error) from error
+
+    @contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """Errors of sessions with this side as the move's own. A session that is gone is OutcomeUnknown."""
+        try:
+            yield
+        except (*_LOST, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError) as error:
+            raise OutcomeUnknown(f"shard {self.shard}: {error!r}") from error
+        except asyncpg.PostgresError as error:
+            raise self._own(error) from error
 
     async def _current(self) -> asyncpg.Connection:
         node = await self.leaders.wait(self.shard, LEADER_S)
