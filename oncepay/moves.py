@@ -37,7 +37,7 @@ _FROM: dict[Goal, frozenset[State]] = {
     "ready": frozenset({"plan", *BUSY, "ready"}),
     "reversible": frozenset({"ready", *FENCED, "reversible"}),
     "finished": frozenset({"reversible", "finished"}),
-    "rolled_back": frozenset({"reversible", "verify", *FENCED, "rolled_back"}),
+    "rolled_back": frozenset({"reversible", *BUSY, *FENCED, "rolled_back"}),
     "aborted": frozenset({"plan", *BUSY, "ready", *FENCED, "aborted"}),
 }
 
@@ -117,7 +117,8 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 def refusal(move: Move, goal: Goal) -> str:
     """Why a move can't be brought to `goal`; empty when it can."""
-    if move.state in _FROM.get(goal, frozenset()) and (goal != "aborted" or not move.back):
+    turned = move.back != (goal == "rolled_back") and move.state in BUSY | FENCED
+    if move.state in _FROM.get(goal, frozenset()) and not turned:
         return ""
     wants = {
         "ready": "`start` takes a move that is planned",

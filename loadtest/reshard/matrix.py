@@ -73,6 +73,7 @@ async def one_cell(operator: Operator, step: str, victim: str, first: int) -> Ce
             await asyncio.sleep(1.0)
     except (Failed, TimeoutError) as error:
         wrong.append(repr(error))
+        await tidied(operator)
     wanted = source if step.startswith("back:") else target
     status = await whole(operator)
     if owner(status, first) != wanted:
@@ -114,6 +115,17 @@ async def moved(operator: Operator, step: str, victim: str, first: int, source: 
         else:
             raise Failed(f"{command} of {name} doesn't end: {answer}")
     return resumed, await operator.must("reshard", "status", name)
+
+
+async def tidied(operator: Operator) -> None:
+    """End the move that a cell has left, so that the next one has its range."""
+    for found in (await operator.must("reshard", "status"))["moves"]:
+        move = found
+        for command in ("finish", "rollback", "abort"):
+            if move["state"] in {"finished", "rolled_back", "aborted"}:
+                break
+            await operator.run("reshard", command, move["move"])
+            move = await operator.must("reshard", "status", move["move"])
 
 
 async def strike(operator: Operator, victim: str, process: asyncio.subprocess.Process, source: str, target: str) -> None:

@@ -344,7 +344,7 @@ class Journey:
 
         found = await comparer.whole(max(self.move.rows_total, 1), on_chunk)
         if found:
-            if not self.move.back and timelines != self.move.copied_on:
+            if timelines != self.move.copied_on:
                 await self._anew(stream, "after a failover rows differ, as when an old leader's last changes came in")
             await self._hold.save(differences=tuple(found), rows_verified=comparer.rows)
             raise MoveStopped(f"{len(found)} rows differ, the first: {found[0]}")
@@ -425,21 +425,21 @@ class Journey:
     # The ends
 
     async def _roll_back(self) -> None:
-        """Back to the source, verified first."""
+        """Back to the source, verified first. When a failover has lost the stream back, the source gets a fresh copy."""
         home = self._stream(back=True)
+        if self.move.back and self.move.state == "copy":
+            await self._copy(home)
+            await self._hold.save(state="catch_up", eta_s=None, rows_per_s=0.0)
+            return
+        if self.move.back and self.move.state == "catch_up":
+            await self._catch_up(home)
         await self._hold.save(state="verify", back=True, rows_verified=0, verified=None)
         try:
-            if await home.slot() is None or await home.origin() is None:
-                raise StreamLost(f"shard {home.giver.shard} has no slot {home.name}")
+            await self._need(home)
             await home.applied(await home.giver.position(), APPLIED_S)
             await self._verify(home)
-        except (MoveStopped, StreamLost) as problem:
+        except MoveStopped:
             await self._hold.save(state="reversible", back=False, goal="reversible")
-            if isinstance(problem, StreamLost):
-                raise MoveStopped(
-                    f"{problem}: a failover came before its slot was on the standbys. Finish this move, and move the range back"
-                    " by a new one"
-                ) from problem
             raise
         await self._hand_over(home)
 

@@ -109,4 +109,10 @@ def test_what_may_follow_what(state: State, goal: Goal, allowed: bool) -> None:
 def test_a_rollback_under_way_is_not_aborted() -> None:
     move = Move(id="m1", first=0, last=9, source="s0", target="s1", state="drain", back=True)
     assert refusal(move, "aborted")
+    assert refusal(move, "rolled_back") == ""
     assert (move.giver, move.taker) == ("s1", "s0")
+
+
+@pytest.mark.parametrize("state", ["copy", "catch_up", "verify", "drain"])
+def test_only_what_was_switched_is_rolled_back(state: State) -> None:
+    assert refusal(Move(id="m1", first=0, last=9, source="s0", target="s1", state=state), "rolled_back")
