@@ -2,7 +2,7 @@
 
 In each cell a range moves and the move is finished, or rolled back. The operator's process stops itself exactly at the step, the
 victim is killed, and the operator goes on (or is dead, and another one resumes). The cell is right when the move came to its end,
-every acknowledged payment is found once with the status that was told, nothing of the move is left, and `oncepay verify` is ok.
+every acknowledged payment is found once with the status that was told, and `oncepay verify` and `shards check-cache` are ok.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ async def whole(operator: Operator) -> dict[str, Any]:
 
 
 async def checked(operator: Operator, traffic: Traffic) -> list[str]:
-    """What is wrong now: payments that were acknowledged and are not found as they were told, differences, leftovers."""
+    """What is wrong now: payments that were acknowledged and are not found as they were told, and differences."""
     wrong: list[str] = []
     told = {answer.key: answer.state for answer in traffic.answers if answer.status in {200, 201}}
     found = await traffic.find(list(told))
