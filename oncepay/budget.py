@@ -1,38 +1,46 @@
 """The account's one rate budget at Stripe, dealt out in shares to all processes that call it.
 
-Stripe's limits hold for the account, by endpoint. Each process registers under a lease in etcd; what an endpoint allows is
-split over the living by weight (routers carry payments, workers polls). A share shrinks at once and grows only after
-SETTLE_S, so that the sum stays within the limit while processes come and go; a newcomer begins with nothing. While etcd
-is away the shares stay as they are.
+Stripe's limits hold for the account, by endpoint. What an endpoint allows is split over the processes by weight (routers carry
+payments, workers polls, so payments come first), in one record in etcd that is only compared and put (`oncepay/shares.py`): the
+shares never sum to more than the limit. While etcd is away they stay as they are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from prometheus_client import Counter, Gauge
 
 from oncepay.errors import EtcdUnavailable, OncepayError, StripeUnavailable
-from oncepay.etcd import Etcd, Mirror
+from oncepay.etcd import Etcd, EtcdOutcomeUnknown, EtcdRefused, Mirror
 from oncepay.etcd.types import KeyValue
 from oncepay.logs import get_logger
 from oncepay.settings import StripeSettings
+from oncepay.shares import PARK_S, Policy, Record, deal, slowed, without
 
 Role = Literal["router", "worker", "aggregator"]
 
 PREFIX = "budget/"
 LEASE_TTL_S = 10
+RECORD = "_shares"
+"""The record with everybody's share; the other keys under the prefix are the living processes' names."""
 SETTLE_S = 2.0
-"""How long a share that may grow waits for the others to have shrunk theirs."""
+"""How long a share that may grow waits after the last change of who is there."""
 HEADROOM = 0.9
-"""The part of the limit that is dealt out; the rest takes what a window's edge adds."""
+"""The part of the limit that is dealt out at most; the rest takes what the way to Stripe moves from one second to the next."""
+DEALT_MIN = 0.5
+"""The part that is dealt out at least, however many the processes are."""
 BURST_S = 0.05
 """What may be spent at once, in seconds of the share."""
+SPREAD_S = 0.05
+GIVE_BACK_TRIES = 20
 WAITING_MAX = 5_000
 WAIT_MAX_S = 20.0
 RETRY_S = 1.0
@@ -132,15 +140,16 @@ class Share:
         self._waiting_now.set(0)
 
 
-class _Member(msgspec.Struct):
-    role: Role
+def dealt(limit_per_s: float, members: int) -> float:
+    """What is dealt out of a limit: a process may send BURST_S of its rate at once, and one request more in any second."""
+    return max(DEALT_MIN * limit_per_s, min(HEADROOM * limit_per_s, (limit_per_s - members) / (1 + BURST_S)))
 
 
 def share_of(limit_per_s: float, endpoint: str, role: Role, roles: Mapping[Role, int]) -> float:
-    """A process' share, in requests a second, where `roles` counts the living processes of each role (itself included)."""
+    """A process' share, in requests a second, where `roles` counts the processes of each role (itself included)."""
     weights = WEIGHTS[endpoint]
     whole = sum(weights[each] * count for each, count in roles.items())
-    return HEADROOM * limit_per_s * weights[role] / whole if whole else 0.0
+    return dealt(limit_per_s, sum(roles.values())) * weights[role] / whole if whole else 0.0
 
 
 class Budget:
@@ -153,22 +162,28 @@ class Budget:
         self._role: Role = role
         self._shares = {endpoint: Share(endpoint) for endpoint in WEIGHTS}
         self._mirror = Mirror(etcd, PREFIX, on_change=self._changed)
-        self._task: asyncio.Task[None] | None = None
-        self._grow: asyncio.TimerHandle | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._wake = asyncio.Event()
+        self._members_changed_s = time.monotonic()
+        self._policy = Policy(tuple(WEIGHTS), self._whole, self._fair)
 
     def start(self) -> None:
-        """Begin; until the process is registered nothing may be sent."""
+        """Begin; until the process has a share nothing may be sent."""
         self._mirror.start()
-        self._task = asyncio.create_task(self._stay_registered(), name="budget")
+        self._tasks = [
+            asyncio.create_task(self._stay_registered(), name="budget"),
+            asyncio.create_task(self._deal_on(), name="budget-shares"),
+        ]
 
     async def stop(self) -> None:
-        """Give the shares back."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        if self._grow is not None:
-            self._grow.cancel()
+        """Send nothing more, and give the shares back."""
+        for share in self._shares.values():
+            share.set_rate(0.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._mirror.stop()
+        await give_back(self._etcd, self._name)
 
     async def take(self, method: str, path: str) -> None:
         """Return when one request to that endpoint may be sent. Raises BudgetShort past its bounds."""
@@ -178,13 +193,19 @@ class Budget:
         """The account's limit of an endpoint class."""
         return float(self._settings.rate_limits_per_s.get(endpoint, self._settings.default_rate_limit_per_s))
 
+    def _whole(self, endpoint: str, members: int) -> float:
+        return dealt(self.limit_per_s(endpoint), members)
+
+    def _fair(self, endpoint: str, roles: Mapping[str, int]) -> float:
+        known: dict[Role, int] = {role: roles[role] for role in get_args(Role) if role in roles}
+        return share_of(self.limit_per_s(endpoint), endpoint, self._role, known)
+
     async def _stay_registered(self) -> None:
-        """Hold a leased record; when the lease was lost, take another one."""
-        record = msgspec.json.encode(_Member(self._role))
+        """Hold a leased key, by which the others see that this process lives; when the lease was lost, take another one."""
         while True:
             try:
                 lease = await self._etcd.grant_lease(LEASE_TTL_S)
-                await self._etcd.put(PREFIX + self._name, record, lease=lease.id)
+                await self._etcd.put(PREFIX + self._name, self._role.encode(), lease=lease.id)
             except (EtcdUnavailable, OncepayError) as error:
                 _log.warning("not registered for the rate budget", error=str(error))
                 await asyncio.sleep(RETRY_S)
@@ -196,25 +217,64 @@ class Budget:
                 raise
 
     def _changed(self, key: str, value: KeyValue | None) -> None:
-        wanted = self._wanted()
-        for endpoint, rate in wanted.items():
-            share = self._shares[endpoint]
-            if rate < share.rate_per_s:
-                share.set_rate(rate)
-        if self._grow is not None:
-            self._grow.cancel()
-        self._grow = asyncio.get_running_loop().call_later(SETTLE_S, self._grown)
+        if key != RECORD:
+            self._members_changed_s = time.monotonic()
+        self._wake.set()
 
-    def _grown(self) -> None:
-        for endpoint, rate in self._wanted().items():
-            self._shares[endpoint].set_rate(rate)
+    async def _deal_on(self) -> None:
+        """Take part in the dealing: whenever something has changed, and again when a share may grow."""
+        while True:
+            try:
+                may_grow_in_s = await self._deal()
+            except (EtcdUnavailable, EtcdRefused, EtcdOutcomeUnknown) as error:
+                _log.info("rate budget not dealt", error=str(error))
+                may_grow_in_s = RETRY_S
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), may_grow_in_s)
+            await asyncio.sleep(random.uniform(0, SPREAD_S))  # else all write at once, and all but one in vain
+            self._wake.clear()
 
-    def _wanted(self) -> dict[str, float]:
-        """The shares by who is registered now; a process that isn't keeps what it has (etcd may be away)."""
-        roles: dict[Role, int] = {}
-        for value in self._mirror.kvs.values():
-            role = msgspec.json.decode(value.value, type=_Member).role
-            roles[role] = roles.get(role, 0) + 1
-        if self._name not in self._mirror.kvs:
-            return {endpoint: share.rate_per_s for endpoint, share in self._shares.items()}
-        return {each: share_of(self.limit_per_s(each), each, self._role, roles) for each in WEIGHTS}
+    async def _deal(self) -> float | None:
+        """Write this process' share as it should be. Returns when to look again, in seconds; None: only on a change."""
+        alive = {key for key in self._mirror.kvs if key != RECORD}
+        if self._name not in alive:
+            return None
+        stored = await self._etcd.get(PREFIX + RECORD)
+        record = msgspec.json.decode(stored.value, type=Record) if stored else Record()
+        current = {endpoint: share.rate_per_s for endpoint, share in self._shares.items()}
+        self._set(slowed(current, record, self._name))
+        settled_in_s = self._members_changed_s + SETTLE_S - time.monotonic()
+        # One that lives and has no place in the record yet (it was lost, or it has just come) may be calling Stripe already.
+        grow = settled_in_s <= 0 and alive <= record.members.keys()
+        made = deal(record, self._name, self._role, current, alive, self._policy, time.time(), grow=grow)
+        mine = made.members[self._name].rates
+        if made != record:
+            self._set({endpoint: min(share.rate_per_s, mine[endpoint]) for endpoint, share in self._shares.items()})
+            revision = stored.mod_revision if stored else 0
+            if await self._etcd.compare_and_put(PREFIX + RECORD, msgspec.json.encode(made), revision) is None:
+                return 0.0  # somebody else was first: again, on what is there now
+        self._set(mine)
+        if settled_in_s > 0:
+            return settled_in_s
+        return PARK_S / 10 if any(member.gone_s for member in made.members.values()) else None
+
+    def _set(self, rates: Mapping[str, float]) -> None:
+        for endpoint, rate in rates.items():
+            if rate != self._shares[endpoint].rate_per_s:
+                self._shares[endpoint].set_rate(rate)
+
+
+async def give_back(etcd: Etcd, name: str) -> None:
+    """Take `name` out of the record: its process has ended, or hasn't called Stripe yet. Best effort; else it is parked."""
+    for _ in range(GIVE_BACK_TRIES):
+        try:
+            stored = await etcd.get(PREFIX + RECORD)
+            record = msgspec.json.decode(stored.value, type=Record) if stored else Record()
+            if stored is None or name not in record.members:
+                return
+            value = msgspec.json.encode(without(record, name))
+            if await etcd.compare_and_put(PREFIX + RECORD, value, stored.mod_revision) is not None:
+                return
+        except (EtcdUnavailable, EtcdRefused, EtcdOutcomeUnknown) as error:
+            _log.info("share of the rate budget not given back", error=str(error))
+            return

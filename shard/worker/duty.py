@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from oncepay.budget import give_back
 from oncepay.errors import OncepayError, Unavailable
 from oncepay.etcd import Etcd
 from oncepay.logs import get_logger
@@ -40,6 +41,7 @@ class Duty:
 
     async def run(self) -> None:
         """Stand by, be active, stand by again, until canceled."""
+        await give_back(self._etcd, self._name)  # what the process before under this name had, if it was killed
         while True:
             await self._seat.take()
             try:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from contextlib import AsyncExitStack
 from typing import get_args
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oncepay.breaker import Breaker
-from oncepay.budget import SETTLE_S, WEIGHTS, Budget, Role, Share, endpoint_of, share_of
+from oncepay.budget import SETTLE_S, WEIGHTS, Budget, Role, Share, dealt, endpoint_of, share_of
 from oncepay.errors import StripeUnavailable
 from oncepay.etcd import Etcd
 from oncepay.settings import EtcdSettings, StripeSettings
+from oncepay.shares import Record
+from oncepay.stripe_client import StripeGateway, StripeRefused
 from tests.etcd_fixture import EtcdCluster, etcd_cluster
+from tests.sandbox.process import KEY, StandIn
 
 __all__ = ["etcd_cluster"]
 
@@ -102,35 +108,141 @@ def test_the_breaker_lets_one_probe_through() -> None:
     assert breaker.allowance(5) == 5
 
 
+PROCESSES: tuple[tuple[str, Role], ...] = (("router-1", "router"), ("router-2", "router"), ("worker-1", "worker"))
+
+
+class Sampled:
+    """Budgets of several processes; `most` is the largest sum of their rates that was ever seen."""
+
+    def __init__(self, etcd: Etcd, limit_per_s: int) -> None:
+        self.settings = StripeSettings(default_rate_limit_per_s=limit_per_s)
+        self.etcd = etcd
+        self.budgets: dict[str, Budget] = {}
+        self.most = 0.0
+
+    def start(self, name: str, role: Role) -> Budget:
+        budget = self.budgets[name] = Budget(self.etcd, self.settings, name=name, role=role)
+        budget.start()
+        return budget
+
+    @property
+    def total(self) -> float:
+        return sum(budget._shares["create"].rate_per_s for budget in self.budgets.values())
+
+    async def until(self, total: float) -> None:
+        """Until the shares sum to `total`, sampled all the while."""
+        async with asyncio.timeout(20):
+            while abs(self.total - total) > 0.01:
+                self.most = max(self.most, self.total)
+                await asyncio.sleep(0.02)
+
+    async def stop(self) -> None:
+        for budget in self.budgets.values():
+            await budget.stop()
+
+
 @pytest.mark.cluster
 async def test_the_sum_stays_within_the_limit_while_processes_come_and_go(etcd_cluster: EtcdCluster) -> None:
     """Sampled all the time: never over the limit, and near it once things are still."""
-    settings = StripeSettings(default_rate_limit_per_s=100)
-    most = 0.0
-
-    def total(budgets: list[Budget]) -> float:
-        return sum(budget._shares["create"].rate_per_s for budget in budgets)
-
     async with Etcd(EtcdSettings(endpoints=tuple(etcd_cluster.endpoints), prefix="/budget-test")) as etcd:
-        budgets: list[Budget] = []
+        sampled = Sampled(etcd, 100)
+        for name, role in PROCESSES:
+            sampled.start(name, role)
+            await asyncio.sleep(0.3)  # they come one after the other
+        await sampled.until(90)
+        await sampled.budgets.pop("router-1").stop()
+        await sampled.until(90)
+        await sampled.stop()
+        record = await etcd.get("budget/_shares")
+        assert record is not None
+        assert not msgspec.json.decode(record.value, type=Record).members, "all was given back"
+    assert sampled.most <= 90.01
 
-        async def watch(seconds: float) -> None:
-            nonlocal most
-            until_s = time.monotonic() + seconds
-            while time.monotonic() < until_s:
-                most = max(most, total(budgets))
-                await asyncio.sleep(0.02)
 
-        for name, role in (("router-1", "router"), ("router-2", "router"), ("worker-1", "worker")):
-            budget = Budget(etcd, settings, name=name, role=role)  # type: ignore[arg-type]
-            budgets.append(budget)
-            budget.start()
-            await watch(0.7)
-        await watch(SETTLE_S + 1)
-        assert total(budgets) == pytest.approx(90)
-        await budgets.pop(0).stop()
-        await watch(SETTLE_S + 1)
-        assert total(budgets) == pytest.approx(90)
-        for budget in budgets:
-            await budget.stop()
-    assert most <= 100
+@pytest.mark.cluster
+async def test_a_share_whose_holder_vanished_is_nobodys_until_it_comes_again(etcd_cluster: EtcdCluster) -> None:
+    """It may be cut off from etcd and still call Stripe. Under the same name it gets its share back, and no other one."""
+    async with Etcd(EtcdSettings(endpoints=tuple(etcd_cluster.endpoints), prefix="/budget-vanished")) as etcd:
+        sampled = Sampled(etcd, 100)
+        for name, role in PROCESSES:
+            sampled.start(name, role)
+        await sampled.until(90)
+        cut_off = sampled.budgets["router-1"]._shares["create"].rate_per_s
+        await etcd.delete("budget/router-1")
+        sampled.budgets["router-1"]._tasks[0].cancel()  # its lease can't be renewed, and it goes on as before
+        await asyncio.sleep(SETTLE_S + 0.5)  # long enough for the others to grow, if they did
+        assert cut_off == pytest.approx(40)
+        assert sampled.total == pytest.approx(90)
+        await sampled.budgets.pop("router-1")._mirror.stop()
+        sampled.start("router-1", "router")
+        await sampled.until(90)
+        await sampled.stop()
+    assert sampled.most <= 90.01
+
+
+@pytest.mark.cluster
+async def test_a_record_that_was_lost_is_made_again_from_what_everybody_does(etcd_cluster: EtcdCluster) -> None:
+    """etcd was restored from before: nobody may take what the others still use."""
+    async with Etcd(EtcdSettings(endpoints=tuple(etcd_cluster.endpoints), prefix="/budget-lost")) as etcd:
+        sampled = Sampled(etcd, 100)
+        for name, role in PROCESSES:
+            sampled.start(name, role)
+        await sampled.until(90)
+        await etcd.delete("budget/_shares")
+        for _ in range(100):
+            sampled.most = max(sampled.most, sampled.total)
+            await asyncio.sleep(0.02)
+        await sampled.until(90)
+        await sampled.stop()
+    assert sampled.most <= 90.01
+
+
+@pytest.mark.cluster
+async def test_the_stand_in_never_counts_more_than_the_limit_in_a_second(etcd_cluster: EtcdCluster) -> None:
+    """Everybody asks as much as it may, while one comes, one vanishes and goes on asking, and etcd is away for a while."""
+    stand_in = StandIn("stripe").start()
+    settings = StripeSettings(base_url=stand_in.url, api_key=KEY, default_rate_limit_per_s=25)
+    asking: list[asyncio.Task[None]] = []
+    try:
+        async with (
+            Etcd(EtcdSettings(endpoints=tuple(etcd_cluster.endpoints), prefix="/budget-counted")) as etcd,
+            AsyncExitStack() as stack,
+        ):
+            sampled = Sampled(etcd, 25)
+
+            async def process(name: str, role: Role) -> None:
+                gateway = await stack.enter_async_context(StripeGateway(settings, sampled.start(name, role)))
+
+                async def ask() -> None:
+                    while True:
+                        with contextlib.suppress(StripeRefused, StripeUnavailable):
+                            await gateway.retrieve("pi_nobody")
+
+                asking.extend(asyncio.create_task(ask()) for _ in range(20))
+
+            for name, role in PROCESSES:
+                await process(name, role)
+            await sampled.until(dealt(25, 3))
+            await process("worker-2", "worker")
+            await sampled.until(dealt(25, 4))
+            await etcd.delete("budget/router-1")
+            sampled.budgets["router-1"]._tasks[0].cancel()
+            for member in etcd_cluster.members:
+                member.freeze()
+            await asyncio.sleep(2)  # etcd is away for that long
+            for member in etcd_cluster.members:
+                member.thaw()
+            await asyncio.sleep(1.5)  # and some time with it
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+            await sampled.stop()
+        counts = stand_in.control("GET", "counts")["calls"]
+    finally:
+        for member in etcd_cluster.members:
+            member.thaw()
+        stand_in.stop()
+    [by_second] = [seconds for endpoint, seconds in counts.items() if "payment_intents" in endpoint]
+    print(sorted(by_second.items()))
+    assert max(by_second.values()) <= 25
+    assert max(by_second.values()) >= 0.6 * dealt(25, 4), "they did ask as much as they might"
