@@ -27,8 +27,8 @@ EVENT_OVERLAP_S = 30
 """What was handed over must reach this close to now: an event is handed over only some seconds after it was made."""
 CHANGED_MAX = 10_000
 """So many payments with events are remembered before those that are settled are forgotten."""
-SINGLE_EACH = 8
-"""Every so many looks a payment is asked for singly, whatever the events say."""
+SINGLE_AT = frozenset({8, 32})
+"""At these looks a payment is asked for singly, whatever the events say."""
 
 Decision = Literal["unchanged", "apply", "drive"]
 
@@ -118,7 +118,7 @@ class Bulk:
     def _by_events(self, due: Sequence[Pending]) -> Sorted:
         result = Sorted([], [], [])
         for pending in due:
-            quiet = self._covers(pending) and pending.key not in self._changed and pending.tries % SINGLE_EACH
+            quiet = self._covers(pending) and pending.key not in self._changed and pending.tries not in SINGLE_AT
             fee_open = pending.status in {Status.SUCCEEDED, Status.CANCELING}  # no event of the intent tells of these
             (result.unchanged if quiet and not fee_open else result.left).append(pending)
         for pending in due:

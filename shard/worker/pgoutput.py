@@ -200,6 +200,13 @@ _TEXTUAL: dict[int, Callable[[bytes], object]] = {
 """Values that came in text format, for the types where that needs no parser."""
 
 _NULL, _UNCHANGED, _TEXT_FORMAT, _BINARY_FORMAT = b"nutb"
+_VALUE_FORMATS = (_BINARY_FORMAT, _TEXT_FORMAT)
+
+
+_IN_PLACE = {
+    _INT2: (_I16, 2, 0), _INT4: (_I32, 4, 0), _INT8: (_I64, 8, 0), _TIMESTAMPTZ: (_I64, 8, EPOCH_US),
+}  # fmt: skip
+"""Binary numbers that are read where they stand: how, their size, and what is added. A fifth of a row's time in all."""
 
 
 class _Table:
@@ -210,7 +217,12 @@ class _Table:
     def __init__(self, relation: Relation, wanted: Collection[str] | None) -> None:
         self.name = relation.name
         self.columns = [
-            (c.name if wanted is None or c.name in wanted else None, c.type_oid, _DECODERS.get(c.type_oid, bytes))
+            (
+                c.name if wanted is None or c.name in wanted else None,
+                c.type_oid,
+                _DECODERS.get(c.type_oid, bytes),
+                *_IN_PLACE.get(c.type_oid, (None, 0, 0)),
+            )
             for c in relation.columns
         ]
 
@@ -293,18 +305,25 @@ def _tuple(data: bytes, offset: int, table: _Table) -> tuple[Row, int]:
     offset += 2
     size = len(data)
     row: dict[str, object] = {}
-    for name, type_oid, decode in columns:
+    for name, type_oid, decode, unpack, width, added in columns:
         kind = data[offset]
         offset += 1
-        if kind in (_BINARY_FORMAT, _TEXT_FORMAT):
+        if kind in _VALUE_FORMATS:
             start = offset + 4
             end = start + _I32(data, offset)[0]
             if not start <= end <= size:
                 raise MalformedMessage(f"{table.name}.{name} ends at {end} of {size} bytes")
-            if name is not None:
-                value = data[start:end]
-                row[name] = decode(value) if kind == _BINARY_FORMAT else _from_text(type_oid, value)
             offset = end
+            if name is None:
+                continue
+            if kind == _TEXT_FORMAT:
+                row[name] = _from_text(type_oid, data[start:end])
+            elif decode is _text:
+                row[name] = data[start:end].decode()
+            elif unpack is not None and end - start == width:
+                row[name] = unpack(data, start)[0] + added
+            else:
+                row[name] = decode(data[start:end])
         elif kind == _NULL:
             if name is not None:
                 row[name] = None

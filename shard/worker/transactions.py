@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ _PAYMENT_COLUMNS = (
     "slot", "key", "status", "version", "buyer", "currency", "amount", "amount_captured", "amount_refunded", "intent",
 )  # fmt: skip
 _MOMENTS = ("created_at", "updated_at", "expires_at")
+_payment_head = itemgetter(*_PAYMENT_COLUMNS)
+_payment_tail = itemgetter(*_MOMENTS, "open_work", "event", "actor")
 _ENTRY_COLUMNS = ("slot", "key", "entry_id", "kind", "currency", "source", "accounts", "amounts", "sellers", "created_at")
 _LINK_COLUMNS = ("slot", "key", "entry_id", "balance_transaction", "created_at")
 _PAYOUT_COLUMNS = (
@@ -110,8 +113,8 @@ class Assembler:
 
 
 def _payment(lsn: int, at_ms: int, row: dict[str, Any]) -> PaymentRow:
-    values = [lsn, at_ms, *(row[name] for name in _PAYMENT_COLUMNS), row.get("terms"), row.get("progress")]
-    return PaymentRow(*values, *[row[name] for name in (*_MOMENTS, "open_work", "event", "actor")])
+    terms, progress = row.get("terms"), row.get("progress")
+    return PaymentRow(lsn, at_ms, *_payment_head(row), terms, progress, *_payment_tail(row))
 
 
 def _entry(lsn: int, at_ms: int, row: dict[str, Any]) -> EntryRow:
