@@ -114,7 +114,7 @@ class Assembler:
 
 def _payment(lsn: int, at_ms: int, row: dict[str, Any]) -> PaymentRow:
     terms, progress = row.get("terms"), row.get("progress")
-    return PaymentRow(lsn, at_ms, *_payment_head(row), terms, progress, *_payment_tail(row))
+    return PaymentRow(*(lsn, at_ms, *_payment_head(row), terms, progress, *_payment_tail(row)))
 
 
 def _entry(lsn: int, at_ms: int, row: dict[str, Any]) -> EntryRow:
