@@ -203,7 +203,8 @@ class BringUp:
             gateway.put_if_absent(f"{prefix}/map", shard_map.render_map(shard_map.even_ranges(self.plan.shards)))
             for shard in self.plan.shards:
                 hosts = self.plan.node_hosts(shard)
-                record = shard_map.shard_record(self.plan.ports, self.plan.number(shard), shard, hosts)
+                restored = shard in self.plan.restored
+                record = shard_map.shard_record(self.plan.ports, self.plan.number(shard), shard, hosts, restored=restored)
                 gateway.put_if_absent(f"{prefix}/shards/{shard}", record)
             digest, api_key = secrets.api_key_record(self.plan.passwords.api_key)
             gateway.put_if_absent(f"{prefix}/apikeys/{digest}", msgspec.json.encode(api_key).decode())

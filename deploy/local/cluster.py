@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from deploy import os_user, patroni, processes, programs
-from deploy.local import secrets, status, supervisor
+from deploy.local import secrets, shard_map, status, supervisor
 from deploy.local.bring_up import BringUp, Hooks, OnProgress, write_node_configs
 from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, WrongHome
 from deploy.local.etcd import Gateway
@@ -247,6 +247,8 @@ class Cluster:
             config = supervisor.configuration(plan.programs(), self.layout, added_shard=shard, added_groups=("services",))
             self.layout.supervisor_config.write_text(config, encoding="utf-8")
             self.layout.remember(memory)
+            record = shard_map.shard_record(plan.ports, plan.number(shard), shard, plan.node_hosts(shard))
+            Gateway(plan.settings.etcd.endpoints).put(f"{plan.settings.etcd.prefix}/shards/{shard}", record)
             control.add_groups()
             BringUp(plan, memory, Hooks(), on_progress or (lambda _: None), timeout_s, added=shard).run()
 

@@ -39,6 +39,10 @@ select (select count(*) from pg_replication_slots)::integer as slots,
 """
 
 
+class _Record(msgspec.Struct):
+    restored: bool = False
+
+
 class Check(msgspec.Struct, frozen=True):
     """One condition of a move. A `fatal` one that fails keeps it from starting."""
 
@@ -87,7 +91,7 @@ async def plan(
     if source == target:
         raise MoveError(f"shard {target} owns slots {first}-{last} already")
     if target not in await shards_of(mover.records):
-        raise MoveError(f"there is no shard {target}")
+        raise MoveError(f"there is no shard {target} that may take slots")
     sides = [Side(shard, mover.leaders, mover.settings, "oncepay-mover plan") for shard in (source, target)]
     try:
         made = await _figures(mover.records, sides, first, last, rate_rows_per_s)
@@ -106,9 +110,9 @@ async def plan(
 
 
 async def shards_of(records: Records) -> list[str]:
-    """All shards, also those that own nothing."""
+    """All shards, also those that own nothing; but none that was restored from a backup, whose rows are others'."""
     kvs, _ = await records.etcd.get_prefix("shards/")
-    return sorted(kv.key.removeprefix("shards/") for kv in kvs)
+    return sorted(kv.key.removeprefix("shards/") for kv in kvs if not msgspec.json.decode(kv.value, type=_Record).restored)
 
 
 def _owner(current: ShardMap, first: int, last: int) -> str:

@@ -25,6 +25,7 @@ from oncepay.keys import slot as slot_of
 from oncepay.logs import get_logger
 from oncepay.payment import Payment
 from oncepay.shardmap import MapWatch
+from shard.store import migrate
 from shard.store.evidence import prove
 from shard.store.leader import Leaders, Node
 from shard.store.rows import Put, entry_arrays, payment_of, put_arrays
@@ -272,6 +273,10 @@ class Batcher:
     async def _opened(self, node: Node) -> asyncpg.Connection:
         async with asyncio.timeout(CONNECT_S):  # wait_for can lose a cancel that comes when it is done
             connection = await self._connect(node.host, node.port)
+            if (found := await migrate.version(connection)) < migrate.LATEST:
+                connection.terminate()
+                text = f"its schema is at migration {found}, this code needs {migrate.LATEST}: `oncepay shards migrate`"
+                raise ShardUnavailable(f"shard {self.shard}: {text}")
         if self._leaders.current(self.shard) not in (None, node):  # the change was told while this one wasn't known yet
             connection.terminate()
             raise ShardUnavailable(f"{node.name} no longer leads {self.shard}")

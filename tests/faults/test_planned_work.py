@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli.common import WRONG
+from cli.main import main
 from cli.shards import shards
 from deploy.local import Cluster
 from oncepay.keys import slot
@@ -137,6 +138,10 @@ async def test_a_shard_restored_to_a_moment_names_what_stripe_knows_beyond_it(cl
         facts = (await run(cluster, "show", "s5"))["facts"]
         assert facts["incarnation"] == restored["incarnation"]
         assert facts["ranges"] == []
+        env = {"ONCEPAY_HOME": str(cluster.home)}
+        move = ["reshard", "plan", "--range", "0-99", "--to", "s5", "--dry-run", "--output", "json"]
+        refused = await asyncio.to_thread(CliRunner().invoke, main, move, env=env)
+        assert "may take slots" in json.loads(refused.stdout)["error"]["detail"], "nothing moves to a shard with others' rows"
         async with Witness(status) as witness:
             key = key_of_s0("after")
             view = await witness.pay(key, buyer="b", currency="usd", items=ITEMS, payment_method="pm_card_visa", wait_s=30)

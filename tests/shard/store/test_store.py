@@ -13,11 +13,12 @@ import pytest
 from msgspec.structs import replace
 
 from deploy.local import Cluster
-from oncepay.errors import InvalidField
+from oncepay.errors import InvalidField, ShardUnavailable
 from oncepay.etcd import Etcd
 from oncepay.payment import Charge, IntentView, Payment, Status
 from oncepay.ports import StaleView
 from oncepay.transition import AttemptStarted, GiveUp, IntentCreated, IntentSeen
+from shard.store import migrate
 from shard.store.batch import RowUnreadable
 from shard.store.store import Shards
 from tests.shard.store.conftest import MakePayment
@@ -217,3 +218,14 @@ async def test_a_commit_waits_for_the_quorum_whatever_the_defaults_are(store: Sh
         for name in defaults:
             await leader.execute(f"alter role oncepay_router reset {name}")
     assert found == ["on", "0", "0"]
+
+
+async def test_code_that_needs_a_newer_schema_does_not_work_on_an_older_one(
+    store: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = store.leaders.current("s0")
+    assert node is not None
+    batcher = store.batcher("s0")
+    monkeypatch.setattr(migrate, "LATEST", migrate.LATEST + 1)
+    with pytest.raises(ShardUnavailable, match="oncepay shards migrate"):
+        await batcher._opened(node)
