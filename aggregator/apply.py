@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import asyncpg
 
 from aggregator import metrics, queries
+from aggregator.events.record import events_of
 from aggregator.fold import Sums, fold
 from aggregator.rows import (
     content_columns,
@@ -30,6 +31,7 @@ from oncepay.logs import get_logger
 
 SQL = queries.load("apply.sql")
 PAYOUTS = queries.load("payouts.sql")
+EVENTS = queries.load("events.sql")
 
 _log = get_logger("apply")
 
@@ -54,8 +56,11 @@ async def position(connection: asyncpg.Connection, shard: str) -> FeedPosition:
     return FeedPosition(None, "", 0) if row is None else FeedPosition(row["lsn"], row["incarnation"], row["epoch"])
 
 
-async def apply(connection: asyncpg.Connection, batch: FeedBatch) -> FeedAnswer:
-    """Apply `batch` whole, or say why not. When this raises after the commit was sent, the outcome is to be read back."""
+async def apply(connection: asyncpg.Connection, batch: FeedBatch, *, recording: bool = False) -> FeedAnswer:
+    """Apply `batch` whole, or say why not. When this raises after the commit was sent, the outcome is to be read back.
+
+    With `recording` its events are kept for the endpoints that they are sent to.
+    """
     check(batch)
     async with connection.transaction():
         known = await connection.fetchrow(SQL["lock_watermark"], batch.shard)
@@ -67,6 +72,8 @@ async def apply(connection: asyncpg.Connection, batch: FeedBatch) -> FeedAnswer:
         if reason:
             return FeedAnswer(False, lsn, incarnation, epoch, reason)
         await put_rows(connection, batch)
+        if recording:
+            await _events(connection, batch)
         await connection.execute(SQL["move_watermark"], batch.shard, batch.to_lsn, batch.epoch)
     return FeedAnswer(True, batch.to_lsn, batch.incarnation, batch.epoch)
 
@@ -78,6 +85,13 @@ def refusal(batch: FeedBatch, incarnation: str, epoch: int, lsn: int) -> str:
     if batch.epoch < epoch:
         return "epoch"
     return "" if batch.from_lsn == lsn else "gap"
+
+
+async def _events(connection: asyncpg.Connection, batch: FeedBatch) -> None:
+    found = events_of(batch)
+    if found:
+        lsn, ids, types, keys, at, data = map(list, zip(*found, strict=True))
+        await connection.execute(EVENTS["record"], batch.shard, lsn, list(range(len(found))), ids, types, keys, at, data)
 
 
 async def put_rows(connection: asyncpg.Connection, batch: FeedBatch, *, at_commit: bool = True) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from aiohttp import web
@@ -34,8 +34,19 @@ _log = get_logger("feed")
 class FeedDoor:
     """The calls of a worker."""
 
-    def __init__(self, database: Database, reader: Reader, internal_token: str) -> None:
+    def __init__(
+        self,
+        database: Database,
+        reader: Reader,
+        internal_token: str,
+        *,
+        recording: Callable[[], bool],
+        applied: Callable[[], None],
+    ) -> None:
+        """`recording`: whether events are kept. `applied` is called after a batch was applied."""
         self._database = database
+        self._recording = recording
+        self._applied = applied
         self._reader = reader
         self._expected = f"Bearer {internal_token}".encode() if internal_token else b""
 
@@ -68,7 +79,9 @@ class FeedDoor:
             raise MalformedBody(f"the body is no batch: {error}") from None
         began = time.perf_counter()
         async with self._database.connection("feed") as connection:
-            answer = await apply.apply(connection, batch)
+            answer = await apply.apply(connection, batch, recording=self._recording())
+        if answer.applied and batch.rows:
+            self._applied()
         self._note(batch, answer, time.perf_counter() - began)
         return json_response(answer)
 

@@ -7,12 +7,17 @@ from contextlib import asynccontextmanager
 
 from aggregator import openapi
 from aggregator.api import Api
+from aggregator.audit import Audit
 from aggregator.database import Database
+from aggregator.events.calls import EventCalls
+from aggregator.events.deliver import Sender
+from aggregator.events.endpoints import Endpoints
 from aggregator.feed import FeedDoor
 from aggregator.payouts import payouts
 from aggregator.positions import Reader
 from aggregator.reconcile.calls import ReconcileCalls
 from aggregator.reconcile.office import Office
+from aggregator.status import StatusCall
 from oncepay.errors import SettingsError
 from oncepay.feed import FEED_BYTES_MAX
 from oncepay.service import Service, run
@@ -27,14 +32,27 @@ async def start(service: Service) -> AsyncIterator[None]:
     async with Database(settings.aggregator_dsn) as database:
         reader = Reader(database)
         Api(reader, hold_s=settings.payouts.hold_s).register(service)
-        FeedDoor(database, reader, settings.internal_token).register(service)
+        endpoints = Endpoints(service.etcd)
+        allow_private = settings.events.allow_private_networks
+        sender = Sender(database, endpoints, allow_private=allow_private)
+        FeedDoor(database, reader, settings.internal_token, recording=endpoints.recording, applied=sender.poke).register(service)
+        EventCalls(endpoints, database, sender, allow_private=allow_private).register(service)
+        endpoints.start()
+        service.spawn(sender.work(), "events")
         office = Office(service, database)
         ReconcileCalls(office, database).register(service)
         service.spawn(office.daily(), "reconcile-daily")
         service.check("database", database.check)
         service.openapi(openapi.document())
-        async with payouts(service, reader):
-            yield
+        try:
+            async with payouts(service, reader) as shards:
+                audit = Audit(reader, shards, settings.audit_s)
+                if settings.audit_s > 0:
+                    service.spawn(audit.work(), "audit")
+                StatusCall(reader, audit).register(service)
+                yield
+        finally:
+            await endpoints.stop()
 
 
 def main() -> None:

@@ -15,3 +15,11 @@ REBUILDS = Counter("oncepay_feed_rebuilds", "Times that what is derived from a s
 RECONCILED = Counter("oncepay_reconcile_runs", "Reconciliations that ended, by how.", ["outcome"])
 DIFFERENCES = Gauge("oncepay_reconcile_differences", "Differences that the last whole reconciliation found.")
 RECONCILED_AT = Gauge("oncepay_reconcile_last_timestamp_seconds", "When the last whole reconciliation ended, since 1970.")
+
+AUDITED = Counter("oncepay_audit_entries", "Entries that the background audit has compared with the shards.")
+AUDIT_SECONDS = Histogram("oncepay_audit_seconds", "Time of a round of the audit, the wait for the feed included.")
+AUDIT_DIFFERENCES = Gauge("oncepay_audit_differences", "What the last round of the audit found wrong, twice.")
+
+EVENTS_SENT = Counter("oncepay_events_deliveries", "Tries to deliver an event, by what came of them.", ["endpoint", "outcome"])
+EVENTS_PARKED = Gauge("oncepay_events_parked", "Events that wait to be sent again, or behind one that does.", ["endpoint"])
+EVENTS_DEAD = Counter("oncepay_events_dead_letters", "Events that were given up.", ["endpoint"])

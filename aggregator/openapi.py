@@ -7,9 +7,20 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from aggregator.events.calls import (
+    DeadLetters,
+    Deliveries,
+    EndpointChange,
+    EndpointList,
+    EndpointView,
+    NewEndpoint,
+    Replay,
+    Replayed,
+)
 from aggregator.params import LIMIT_DEFAULT, LIMIT_MAX, ROWS_MAX
 from aggregator.payout_docs import PAYOUT_SCHEMAS, payout_paths
 from aggregator.reconcile.calls import Asked, Differences, Reconciliation, Reconciliations
+from aggregator.status import AggregatorStatus
 from aggregator.views import (
     History,
     Orders,
@@ -106,6 +117,7 @@ PATHS = tuple(_CALLS)
 
 _ID = _parameter("id", "Its id.", _STRING, where="path", required=True)
 _PAGE = [_ROWS, _CURSOR]
+_EVENTS = "/v1/event-endpoints"
 
 
 class Call(NamedTuple):
@@ -114,7 +126,7 @@ class Call(NamedTuple):
     method: str
     path: str
     text: str
-    answer: type | str
+    answer: type | str | None
     parameters: Sequence[dict[str, Any]] = ()
     body: type | None = None
     status: int = 200
@@ -127,6 +139,18 @@ _OTHERS = (
     Call("get", "/v1/reconciliations/{id}", "One reconciliation.", Reconciliation, [_ID]),
     Call("get", "/v1/reconciliations/{id}/differences", "What differs, page by page.", Differences, [_ID, *_PAGE]),
     Call("get", "/v1/reconciliations/{id}/differences.csv", "What differs, whole, as CSV.", _CSV, [_ID]),
+    Call("get", "/v1/status", "How far the feeds are, how much there is, what the audit found.", AggregatorStatus),
+    Call("get", _EVENTS, "All event endpoints.", EndpointList, scope="operate"),
+    Call("post", _EVENTS, "Make an event endpoint.", EndpointView, body=NewEndpoint, status=201, scope="operate"),
+    Call("get", f"{_EVENTS}/{{id}}", "One event endpoint.", EndpointView, [_ID], scope="operate"),
+    Call("patch", f"{_EVENTS}/{{id}}", "Change it.", EndpointView, [_ID], EndpointChange, scope="operate"),
+    Call("delete", f"{_EVENTS}/{{id}}", "Remove it; what is waiting for it is not sent.", None, [_ID], None, 204, "operate"),
+    Call(
+        "post", f"{_EVENTS}/{{id}}/secret", "A new secret; the one before signs for a day.", EndpointView, [_ID], scope="operate"
+    ),
+    Call("post", f"{_EVENTS}/{{id}}/replay", "Send again.", Replayed, [_ID], Replay, 202, "operate"),
+    Call("get", f"{_EVENTS}/{{id}}/deliveries", "The delivery log.", Deliveries, [_ID, _LIMIT, _CURSOR], scope="operate"),
+    Call("get", f"{_EVENTS}/{{id}}/dead-letters", "What was given up.", DeadLetters, [_ID], scope="operate"),
 )
 
 
@@ -141,8 +165,10 @@ def _operation(call: Call) -> dict[str, Any]:
     names |= {400: "The body can't be read", 409: "Not while another one is under way"} if call.body else {}
     names |= {404: "There is none of this id"} if _ID in call.parameters else {}
     responses: dict[str, Any] = {str(status): {"description": name, "content": problem} for status, name in names.items()}
-    if isinstance(call.answer, str):
-        good: dict[str, Any] = {"description": call.text, "content": {call.answer: {"schema": {"type": "string"}}}}
+    if call.answer is None:
+        good: dict[str, Any] = {"description": call.text}
+    elif isinstance(call.answer, str):
+        good = {"description": call.text, "content": {call.answer: {"schema": {"type": "string"}}}}
     else:
         about = (call.answer.__doc__ or "").strip()
         good = {"description": about, "content": {"application/json": {"schema": _reference(call.answer)}}}

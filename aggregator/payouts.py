@@ -20,7 +20,7 @@ ROLE = "oncepay_aggregator"
 
 
 @asynccontextmanager
-async def payouts(service: Service, reader: Reader) -> AsyncIterator[None]:
+async def payouts(service: Service, reader: Reader) -> AsyncIterator[Shards]:
     """Register the calls and start the schedule. Waits for nothing: what needs a shard or Tipalti says so when it is called."""
     settings = service.settings
     schedule = parse_schedule(settings.payouts.schedule)
@@ -35,7 +35,7 @@ async def payouts(service: Service, reader: Reader) -> AsyncIterator[None]:
         if schedule is not None:
             service.spawn(Scheduler(service.etcd, runs, schedule, service.name).work(), "payouts")
         try:
-            yield
+            yield shards
         finally:
             await shards.stop()
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "etcd": Entry("cli.etcd", "etcd", "Back up etcd, and restore it."),
     "config": Entry("cli.config", "config", "Show and check the settings."),
     "doctor": Entry("cli.doctor", "doctor", "Say what is wrong here, and what to do."),
+    "aggregator": Entry("cli.aggregator", "aggregator", "Look after the derived data: status, rebuild."),
     "reconcile": Entry("cli.reconcile", "reconcile", "Compare Stripe's books with ours, both ways."),
     "verify": Entry("cli.verify", "verify", "Check every promise from outside, row by row."),
     "chaos": Entry("cli.chaos", "chaos", "Break something on purpose, and see that nothing is lost."),

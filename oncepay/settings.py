@@ -112,6 +112,12 @@ class FeeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unknown_sellers: Literal["default", "refuse"] = "default"
 
 
+class EventSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Events out. `allow_private_networks` lets endpoints be in private networks, and be plain http: for development."""
+
+    allow_private_networks: bool = False
+
+
 class ReconcileSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Reconciliation with Stripe: daily from the hour `daily_at_utc_h` on (-1: not by itself), the last `days` whole UTC days.
 
@@ -134,7 +140,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One deployment. `internal_token` is the secret by which services know one another.
 
     `slot_rate_limit_per_s` is how often one API key may submit payments of one slot, in each router; 0 is no limit. It is for
-    deployments with `client_keys`: who chooses keys could aim at one slot.
+    deployments with `client_keys`: who chooses keys could aim at one slot. `audit_s` is how often, about, the aggregator compares
+    a sample of what it derives with the shards; 0: never.
     """
 
     etcd: EtcdSettings = EtcdSettings()
@@ -146,6 +153,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fee: FeeSettings = FeeSettings()
     poll: PollSettings = PollSettings()
     reconcile: ReconcileSettings = ReconcileSettings()
+    events: EventSettings = EventSettings()
     aggregator_url: str = "http://127.0.0.1:8082"
     aggregator_dsn: str = ""
     internal_token: str = ""
@@ -153,6 +161,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     auth: bool = True
     client_keys: bool = True
     slot_rate_limit_per_s: float = 0.0
+    audit_s: float = 300.0
     log_level: str = "info"
 
 

@@ -11,7 +11,16 @@ import msgspec
 from deploy.local.errors import WrongHome
 from deploy.local.layout import Layout, Memory, write_secret
 from deploy.local.ports import ETCD_MEMBERS, Ports
-from oncepay.settings import EtcdSettings, PatroniSettings, PostgresSettings, Settings, StripeSettings, TipaltiSettings, dump
+from oncepay.settings import (
+    EtcdSettings,
+    EventSettings,
+    PatroniSettings,
+    PostgresSettings,
+    Settings,
+    StripeSettings,
+    TipaltiSettings,
+    dump,
+)
 
 STAND_IN_RATE_PER_S = 1000
 REAL_STRIPE_RATE_PER_S = 25
@@ -124,6 +133,7 @@ def make_settings(layout: Layout, ports: Ports, passwords: Passwords, memory: Me
         aggregator_url=f"http://127.0.0.1:{ports.aggregator}",
         aggregator_dsn=postgres_dsn("oncepay_aggregator", passwords.aggregator, ports.aggregator_postgres, postgres.database),
         internal_token=passwords.internal,
+        events=EventSettings(allow_private_networks=True),
     )
 
 

@@ -16,7 +16,7 @@ from tests.aggregator.strategies import History
 
 TABLES = (
     *("watermarks", "payments", "payment_history", "entries", "balance_links", "seller_days", "account_totals", "kind_totals"),
-    *("seller_postings", "account_days", "payouts"),
+    *("seller_postings", "account_days", "payouts", "events", "event_cursors", "event_retries", "event_deliveries"),
 )
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 State = dict[str, Any]

@@ -290,7 +290,9 @@ async def test_the_api_document_names_every_call(http: aiohttp.ClientSession) ->
         "/v1/sellers/{seller}/revenue", "/v1/sellers/{seller}/balance", "/v1/buyers/{buyer}/orders", "/v1/sellers",
         "/v1/totals", "/v1/positions", "/v1/sellers/{seller}/statement", "/v1/sellers/{seller}/statement.csv",
         "/v1/payments/{payment}/history", "/v1/trial-balance", "/v1/profit", "/v1/reconciliations", "/v1/reconciliations/{id}",
-        "/v1/reconciliations/{id}/differences", "/v1/reconciliations/{id}/differences.csv", *payout_paths(),
+        "/v1/reconciliations/{id}/differences", "/v1/reconciliations/{id}/differences.csv", *payout_paths(), "/v1/status",
+        "/v1/event-endpoints",
+        *(f"/v1/event-endpoints/{{id}}{rest}" for rest in ("", "/secret", "/replay", "/deliveries", "/dead-letters")),
     }  # fmt: skip
     await post(http, history_of(1).whole())
     body = await get(http, "/v1/sellers/ann/revenue?currency=usd")

@@ -172,7 +172,7 @@ class RunningAggregator:
         service = Service(self.settings, kind="aggregator", name="aggregator")
         self._database = Database(self.dsn)
         await self._database.__aenter__()
-        FeedDoor(self._database, Reader(self._database), TOKEN).register(service)
+        FeedDoor(self._database, Reader(self._database), TOKEN, recording=lambda: False, applied=lambda: None).register(service)
         service.app._client_max_size = 64 << 20
         self._runner = web.AppRunner(service.app)
         await self._runner.setup()

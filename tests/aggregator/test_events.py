@@ -1,0 +1,381 @@
+"""Events out: the published signature, whom they may be sent to, and that each is delivered, in order per key."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import socket
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregator import apply
+from aggregator.database import Database
+from aggregator.events import deliver
+from aggregator.events.endpoints import Endpoint, Endpoints, Secret, rolled
+from aggregator.events.guard import PrivateAddress, PublicResolver, check_url, is_public, may_reach
+from aggregator.events.record import events_of
+from aggregator.events.signing import headers, new_secret, signature
+from oncepay.errors import InvalidField
+from oncepay.etcd import Etcd
+from oncepay.settings import EtcdSettings
+from tests.aggregator.database import empty
+from tests.aggregator.strategies import History, histories, payment_row
+from tests.aggregator.test_apply import ITEMS, REAL, paid
+from tests.etcd_fixture import EtcdCluster
+
+CLUSTER = pytest.mark.cluster
+QUICK = (0.02, 0.02, 0.02)
+
+
+def test_the_signature_is_that_of_the_published_scheme() -> None:
+    """As the reference library (standardwebhooks 1.1.0) signs it."""
+    secret, event = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "msg_p5jXN8AQM9LWM0D4loKWxTek"
+    assert signature(secret, event, 1614265330, b'{"test": 2432232314}') == "v1,5fs26vBgKvmsKxCVxwV5w2v530u1q0VVD95LB0UcdAs="
+    sent = headers([secret, new_secret()], event, 1614265330, b"{}")
+    assert (sent["webhook-id"], sent["webhook-timestamp"], len(sent["webhook-signature"].split())) == (event, "1614265330", 2)
+
+
+def test_a_rolled_secret_signs_for_a_day() -> None:
+    first = Endpoint("we_1", "https://x.example/", (Secret(new_secret()),))
+    after = rolled(first)
+    now_ms = after.secrets[1].until_ms - 1
+    assert after.current_secrets(now_ms) == [after.secrets[0].value, first.secrets[0].value]
+    assert after.current_secrets(now_ms + 1) == [after.secrets[0].value]
+    assert len(rolled(after).secrets) == 2
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.5.5", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1"),
+        *("255.255.255.255", "::1", "::", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"),
+        *("ff02::1", "240.0.0.1", "not an address"),
+    ],
+)
+def test_no_address_inside(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "8.8.8.8"])
+def test_public_addresses(address: str) -> None:
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://shop.example/", "ftp://shop.example/", "https://", "https://user:pw@shop.example/", "https://shop.example/#x"),
+        *("https://127.0.0.1/", "https://[::1]/", "https://localhost/", "https://10.0.0.8:8443/", "https://shop.example:99999/"),
+        *("https://shop.example/ x", "https://" + "a" * 2_000, "not a url", "https://LOCALHOST./"),
+    ],
+)
+def test_an_endpoint_that_may_not_be(url: str) -> None:
+    with pytest.raises(InvalidField):
+        check_url(url, allow_private=False)
+
+
+def test_an_endpoint_that_may_be() -> None:
+    assert check_url("https://shop.example:8443/hooks?x=1", allow_private=False)
+    assert check_url("http://127.0.0.1:9000/", allow_private=True)
+    assert not may_reach("127.0.0.1")
+
+
+async def test_names_are_checked_by_what_they_resolve_to() -> None:
+    """Also spellings that only a resolver takes for an address."""
+    resolver = PublicResolver()
+    for host in ("localhost", "127.1", "2130706433", "0x7f000001"):
+        with contextlib.suppress(socket.gaierror):
+            with pytest.raises(PrivateAddress):
+                await resolver.resolve(host, 80)
+    await resolver.close()
+
+
+async def test_a_guarded_session_connects_to_no_private_address() -> None:
+    reached = False
+
+    async def handle(request: web.BaseRequest) -> web.Response:
+        nonlocal reached
+        reached = True
+        return web.Response()
+
+    async with listening(handle) as url:
+        named = url.replace("127.0.0.1", "localhost")
+        connector = aiohttp.TCPConnector(resolver=PublicResolver())
+        async with aiohttp.ClientSession(connector=connector) as http:
+            with pytest.raises((PrivateAddress, aiohttp.ClientError)):
+                await http.post(named)
+    assert not reached
+
+
+@given(histories(), st.data())
+def test_the_same_events_however_the_log_is_cut(history: History, data: st.DataObject) -> None:
+    commits = list(range(1000, history.lsn + 1, 100))
+    cuts = sorted(data.draw(st.sets(st.sampled_from(commits))) | {1000, history.lsn})
+    whole = [event.id for event in events_of(history.whole())]
+    pieces = [event.id for start, end in itertools.pairwise(cuts) for event in events_of(history.batch(start, end))]
+    assert set(whole) <= set(pieces), "a cut may only say a state again"
+    assert len(set(whole)) == len(whole)
+    of_key: dict[str, list[str]] = defaultdict(list)
+    for event in events_of(history.whole()):
+        of_key[event.key].append(event.type)
+    assert all(types[0] == "payment.created" for key, types in of_key.items() if not key.startswith("payout:"))
+
+
+def test_what_only_the_platform_cares_about_is_no_event() -> None:
+    history = History("s0")
+    for version, status in enumerate(("created", "attempted", "confirming", "succeeded", "succeeded"), 1):
+        history.payments.append(payment_row(history.commit(), "k", status, version, ITEMS, captured=1500))
+    assert [event.type for event in events_of(history.whole())] == ["payment.created", "payment.succeeded"]
+    assert Endpoint("e", "u", (), ("payment.*",)).wants("payment.created")
+    assert not Endpoint("e", "u", (), ("payment.*",)).wants("refund.created")
+
+
+@contextlib.asynccontextmanager
+async def listening(handle: Callable[[web.BaseRequest], Any]) -> AsyncIterator[str]:
+    """A server on a free port."""
+    runner = web.ServerRunner(web.Server(handle, access_log=None), shutdown_timeout=1.0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/"
+    finally:
+        await runner.cleanup()
+
+
+class Shop:
+    """Takes events; `answer` says with which status. `seen` has those that it took, by key, in order."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[str, dict[str, Any]], int] = lambda event, body: 204
+        self.seen: dict[str, list[str]] = defaultdict(list)
+        self.bodies: dict[str, dict[str, Any]] = {}
+        self.signatures: list[tuple[bytes, dict[str, str]]] = []
+        self._changed = asyncio.Event()
+
+    async def handle(self, request: web.BaseRequest) -> web.Response:
+        raw = await request.read()
+        body, event = json.loads(raw), request.headers["webhook-id"]
+        status = self.answer(event, body)
+        if status < 300:
+            self.seen[body["data"]["key"]].append(event)
+            self.bodies[event] = body
+            self.signatures.append((raw, dict(request.headers)))
+        self._changed.set()
+        return web.Response(status=status)
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    def delivered(self) -> set[str]:
+        return {event for events in self.seen.values() for event in events}
+
+
+@pytest.fixture(scope="module")
+def etcd_settings() -> Iterator[EtcdSettings]:
+    with EtcdCluster(1) as cluster:
+        yield cluster.settings()
+
+
+class Sending:
+    """A sender with one endpoint, whose process can be killed: `stop` gives it no time for anything."""
+
+    def __init__(self, database: Database, endpoints: Endpoints, endpoint: Endpoint) -> None:
+        self.database = database
+        self.endpoints = endpoints
+        self.endpoint = endpoint
+        self.sender = deliver.Sender(database, endpoints, allow_private=True)
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self.sender = deliver.Sender(self.database, self.endpoints, allow_private=True)
+        self._task = asyncio.create_task(self.sender.work())
+
+    async def stop(self) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def query(self, name: str, *arguments: object) -> list[asyncpg.Record]:
+        async with self.database.connection("work") as connection:
+            found: list[asyncpg.Record] = await connection.fetch(deliver.SQL[name], *arguments)
+            return found
+
+
+@pytest.fixture
+async def shop() -> AsyncIterator[tuple[Shop, str]]:
+    box = Shop()
+    async with listening(box.handle) as url:
+        yield box, url
+
+
+@pytest.fixture
+async def sending(
+    monkeypatch: pytest.MonkeyPatch, aggregator_dsn: str, connection: asyncpg.Connection, etcd_settings: EtcdSettings,
+    shop: tuple[Shop, str],
+) -> AsyncIterator[Sending]:  # fmt: skip
+    monkeypatch.setattr(deliver, "GAPS_S", QUICK)
+    monkeypatch.setattr(deliver, "LOCK_EVERY_S", 0.05)
+    dsn = aggregator_dsn.replace("postgres@", "oncepay_aggregator:a@")
+    async with Etcd(etcd_settings) as etcd, Database(dsn) as database:
+        endpoints = Endpoints(etcd)
+        endpoints.start()
+        endpoint = await endpoints.add(shop[1], (), "")
+        made = Sending(database, endpoints, endpoint)
+        made.start()
+        yield made
+        await made.stop()
+        await endpoints.remove(endpoint.id)
+        await endpoints.stop()
+
+
+@CLUSTER
+async def test_events_are_delivered_signed_with_items_and_in_order(
+    connection: asyncpg.Connection, sending: Sending, shop: tuple[Shop, str]
+) -> None:
+    history, box = paid(), shop[0]
+    await apply.apply(connection, history.whole(), recording=True)
+    sending.sender.poke()
+    await box.until(lambda: len(box.delivered()) == 2)
+    created, succeeded = (box.bodies[event] for event in box.seen["k"])
+    assert (created["type"], succeeded["type"]) == ("payment.created", "payment.succeeded")
+    assert succeeded["data"]["items"] == [
+        {"seller": "ann", "amount": 1000, "quantity": 1},
+        {"seller": "bob", "amount": 250, "quantity": 2},
+    ]
+    assert (succeeded["data"]["platform_fee"], succeeded["data"]["amount_captured"]) == (130 + 80, 1500)
+    raw, sent = box.signatures[-1]
+    secret = sending.endpoint.secrets[0].value
+    assert sent["webhook-signature"] == signature(secret, sent["webhook-id"], int(sent["webhook-timestamp"]), raw)
+    assert "hush" not in raw.decode()
+    async with asyncio.timeout(5):
+        while len(log := await sending.query("deliveries", sending.endpoint.id, None, 10)) < 2:
+            await asyncio.sleep(0.02)
+    assert [(row["status"], row["problem"], row["attempt"]) for row in log] == [(204, "", 1)] * 2
+
+
+@CLUSTER
+async def test_a_key_that_fails_holds_up_only_itself_and_keeps_its_order(
+    connection: asyncpg.Connection, sending: Sending, shop: tuple[Shop, str]
+) -> None:
+    box, refused = shop[0], list[str]()
+
+    def answer(event: str, body: dict[str, Any]) -> int:
+        if body["data"]["key"] == "bad" and len(refused) < 2:
+            refused.append(event)
+            return 500
+        return 200
+
+    box.answer = answer
+    for shard, key in (("s0", "bad"), ("s1", "good")):
+        await apply.apply(connection, paid(shard, key).whole(), recording=True)
+    sending.sender.poke()
+    await box.until(lambda: len(box.seen["good"]) == len(box.seen["bad"]) == 2)
+    assert len(set(refused)) == 1, "the second event waited behind the first"
+    assert [box.bodies[event]["type"] for event in box.seen["bad"]] == ["payment.created", "payment.succeeded"]
+
+
+@CLUSTER
+async def test_what_is_given_up_is_a_dead_letter_and_can_be_sent_again(
+    connection: asyncpg.Connection, sending: Sending, shop: tuple[Shop, str]
+) -> None:
+    box = shop[0]
+    tries: dict[str, int] = defaultdict(int)
+
+    def answer(event: str, body: dict[str, Any]) -> int:
+        tries[event] += 1
+        return 503
+
+    box.answer = answer
+    await apply.apply(connection, paid().whole(), recording=True)
+    sending.sender.poke()
+    name = sending.endpoint.id
+    await box.until(lambda: sorted(tries.values()) == [len(QUICK) + 1] * 2)
+    async with asyncio.timeout(5):
+        while len(dead := await sending.query("dead_letters", name, 10)) < 2:
+            await asyncio.sleep(0.02)
+    assert dead[0]["problem"] == "answered 503"
+    box.answer = lambda event, body: 200
+    await sending.query("revive", name)
+    sending.sender.poke()
+    await box.until(lambda: len(box.seen["k"]) == 2)
+    first = await connection.fetchval("select min(recorded_at) from oncepay.events")
+    await sending.query("replay_since", name, first)
+    sending.sender.poke()
+    await box.until(lambda: len(box.seen["k"]) == 4)
+    assert box.seen["k"][:2] == box.seen["k"][2:]
+    await sending.query("replay_one", name, box.seen["k"][0])
+    sending.sender.poke()
+    await box.until(lambda: len(box.seen["k"]) == 5)
+
+
+@CLUSTER
+async def test_an_endpoint_that_is_gone_is_turned_off(
+    connection: asyncpg.Connection, sending: Sending, shop: tuple[Shop, str]
+) -> None:
+    shop[0].answer = lambda event, body: 410
+    await apply.apply(connection, paid().whole(), recording=True)
+    sending.sender.poke()
+    async with asyncio.timeout(10):
+        while (found := sending.endpoints.find(sending.endpoint.id)) is None or found.enabled:
+            await asyncio.sleep(0.02)
+    assert found.reason == "it answered 410 Gone"
+
+
+@CLUSTER
+async def test_a_sender_that_is_killed_again_and_again_loses_nothing_and_keeps_the_order(
+    connection: asyncpg.Connection, sending: Sending, shop: tuple[Shop, str]
+) -> None:
+    box, asked = shop[0], itertools.count()
+    box.answer = lambda event, body: 200 if next(asked) % 3 else 500
+    history = History("s0")
+    for round_ in range(8):
+        before = history.lsn
+        for n in range(6):
+            version = round_ + 1
+            status = "created" if version == 1 else "requires_action" if version % 2 else "processing"
+            history.payments.append(payment_row(history.commit(), f"k{n}", status, version, ITEMS))
+        await apply.apply(connection, history.batch(before, history.lsn), recording=True)
+        sending.sender.poke()
+        count = len(box.delivered())
+        with contextlib.suppress(TimeoutError):
+            await box.until(lambda count=count: len(box.delivered()) > count, 2)  # type: ignore[misc]
+        await sending.stop()
+        sending.start()
+    wanted = {event.id for event in events_of(history.whole())}
+    await box.until(lambda: box.delivered() == wanted, 30)
+    for key, events in box.seen.items():
+        versions = [box.bodies[event]["data"]["version"] for event in dict.fromkeys(events)]
+        assert versions == sorted(versions), key
+
+
+@REAL
+@CLUSTER
+@given(history=histories(), data=st.data())
+async def test_recorded_once_with_whatever_is_sent_again(
+    aggregator_dsn: str, connection: asyncpg.Connection, history: History, data: st.DataObject
+) -> None:
+    owner = await asyncpg.connect(aggregator_dsn)
+    await empty(owner)
+    await owner.close()
+    commits = list(range(1000, history.lsn + 1, 100))
+    cuts = sorted(data.draw(st.sets(st.sampled_from(commits))) | {1000, history.lsn})
+    pieces: dict[str, None] = {}
+    for start, end in itertools.pairwise(cuts):
+        for _ in range(2):
+            await apply.apply(connection, history.batch(start, end), recording=True)
+        pieces |= dict.fromkeys(event.id for event in events_of(history.batch(start, end)))
+    rows = await connection.fetch("select id from oncepay.events order by shard, lsn, ordinal")
+    assert [row["id"] for row in rows] == list(pieces)
