@@ -48,10 +48,9 @@ class Fundings:
         cursor = found.value.decode() if found is not None else ""
         while True:
             page = await self._tipalti.fundings_after(cursor)
-            for item in page.items:
-                if item.id not in self._seen:
-                    await self._book(item.id, item.amount.currency.lower(), item.amount.minor())
-                    self._seen.add(item.id)
+            new = [item for item in page.items if item.id not in self._seen]
+            await asyncio.gather(*(self._book(i.id, i.amount.currency.lower(), i.amount.minor()) for i in new))
+            self._seen.update(item.id for item in new)
             if page.nextCursor is None:
                 return
             cursor = page.nextCursor

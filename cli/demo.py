@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ALL = 6_919
 WEBHOOKS = "oncepay_router_webhooks_total"
+STATEMENT_LONG = frozenset({"entries", "positions", "cursor"})
+"""What the JSON answer leaves out of the statement."""
 FAULTS: dict[str, Any] = {
     "latency_ms": [2, 12],
     "error_before": 0.01,
@@ -46,7 +48,7 @@ FAULTS: dict[str, Any] = {
 @output_option
 @handle_errors
 def demo(count: int, seed: int, speed: float | None, reshard: bool, keep: bool, output: str) -> None:
-    """Start a cluster, replay real purchases of an online music shop on it, verify every promise, and stop.
+    """Start a cluster, replay real purchases of an online music shop on it, verify every promise, pay sellers, reconcile, stop.
 
     The stand-in for Stripe declines some, asks some for time, loses some answers and webhooks and doubles others; the
     same seed gives the same shares. The cluster lives in the folder `demo` of ONCEPAY_HOME and is deleted at the start.
@@ -72,7 +74,7 @@ def demo(count: int, seed: int, speed: float | None, reshard: bool, keep: bool, 
         startup_s = time.monotonic() - began_s
         status = cluster.status()
         set_faults(status, seed)
-        result = asyncio.run(run(status, count, seed, speed, console, cluster if reshard else None))
+        result = asyncio.run(run(status, count, seed, speed, console, cluster, reshard=reshard))
         result["startup_seconds"] = round(startup_s, 1)
         if output == "json":
             click.echo(json.dumps(public(result)))
@@ -83,7 +85,7 @@ def demo(count: int, seed: int, speed: float | None, reshard: bool, keep: bool, 
             console.print(f"The cluster goes on in {cluster.home}: ONCEPAY_HOME={cluster.home} oncepay status; oncepay down")
         else:
             cluster.down()
-    if not result["verify"]["ok"] or result["payments"]["pending"]:
+    if not result["verify"]["ok"] or not result["reconciliation"]["ok"] or result["payments"]["pending"]:
         raise SystemExit(WRONG)
 
 
@@ -126,10 +128,11 @@ def set_faults(status: Status, seed: int) -> None:
 
 
 async def run(
-    status: Status, count: int, seed: int, speed: float | None, console: Console, resharded: Cluster | None = None
+    status: Status, count: int, seed: int, speed: float | None, console: Console, cluster: Cluster, *, reshard: bool = False
 ) -> dict[str, Any]:
-    """Replay, verify, and gather what the summary shows. Half of a shard of `resharded` moves meanwhile."""
+    """Replay, verify, pay sellers, reconcile, and gather what is shown. With `reshard` half of a shard moves meanwhile."""
     from cli.demo_reshard import BEGIN_AT, split
+    from cli.ending import ending
     from cli.reshard import as_json as reshard_json
     from cli.verify import verify_cluster
     from loadtest.purchases import purchases
@@ -142,7 +145,7 @@ async def run(
     ) as client:
         found = list(purchases(count))
         begin = asyncio.Event()
-        moving = asyncio.create_task(split(resharded.settings, begin, console.print)) if resharded else None
+        moving = asyncio.create_task(split(cluster.settings, begin, console.print)) if reshard else None
         with progress_bar(console, len(found)) as advance:
             settled = itertools.count(1)
 
@@ -153,18 +156,24 @@ async def run(
 
             tally = await replay(client, found, seed=seed, days_per_s=speed, on_settled=on_settled)
         move = await moving if moving else None
-        if resharded is not None:
-            status = await asyncio.to_thread(resharded.status)
+        if reshard:
+            status = await asyncio.to_thread(cluster.status)
         verifying_s = time.monotonic()
         with console.status("verifying every payment at the shards, at Stripe and in the derived data"):
             verdict = await verify_cluster(status)
+        verified_s = time.monotonic()
+        top = await client.derived("/v1/sellers", limit=8)
+        with console.status("paying sellers, and holding the books against Stripe's"):
+            end = await ending(client, cluster.settings, status, [row["seller"] for row in top["sellers"]])
         return {
             **figures(tally),
             "verify": verdict,
             "move": reshard_json(move) if move else None,
-            "verify_seconds": round(time.monotonic() - verifying_s, 1),
+            "verify_seconds": round(verified_s - verifying_s, 1),
+            **end,
+            "ending_seconds": round(time.monotonic() - verified_s, 1),
             "tally": tally,
-            "sellers": await client.derived("/v1/sellers", limit=8),
+            "sellers": top,
             "totals": await client.derived("/v1/totals"),
             "counts": await stripe_counts(urls["stripe"]),
             "by_poll": await settled_by(status),
@@ -183,8 +192,10 @@ def figures(tally: Tally) -> dict[str, Any]:
 
 def public(result: dict[str, Any]) -> dict[str, Any]:
     """What --output json prints."""
-    names = ("payments", "amount_minor", "seconds", "startup_seconds", "verify_seconds", "verify", "move")
-    return {name: result[name] for name in names if name != "move" or result[name]}
+    names = ("payments", "amount_minor", "seconds", "startup_seconds", "verify_seconds", "verify", "ending_seconds", "move")
+    shown = {name: result[name] for name in names if name != "move" or result[name]}
+    statement = {name: value for name, value in (result["statement"] or {}).items() if name not in STATEMENT_LONG}
+    return shown | {name: result[name] for name in ("payouts", "reconciliation")} | {"statement": statement or None}
 
 
 async def stripe_counts(url: str) -> dict[str, Any]:

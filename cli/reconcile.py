@@ -33,11 +33,21 @@ class ReconciliationFailed(OncepayError):
 @click.command(short_help="Compare Stripe's books with ours, both ways.")
 @click.option("--from", "first", type=DAY, help="First day (UTC), inclusive. By default the day before `--to`.")
 @click.option("--to", "last", type=DAY, help="Last day (UTC), inclusive; today by default.")
+@click.option(
+    "--grace", "grace_s", type=click.IntRange(0), help="Seconds that what is new may still be on its way; else the setting."
+)
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the differences to this file.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be compared. (A run books what no payment caused.)")
 @output_option
 @handle_errors
-def reconcile(first: dt.datetime | None, last: dt.datetime | None, csv_file: Path | None, dry_run: bool, output: str) -> None:
+def reconcile(
+    first: dt.datetime | None,
+    last: dt.datetime | None,
+    grace_s: int | None,
+    csv_file: Path | None,
+    dry_run: bool,
+    output: str,
+) -> None:
     """Compare Stripe's balance transactions and payouts to the bank with the ledger's entries, both ways.
 
     What no payment caused (payouts to the bank, Stripe's adjustments and fees) is booked first. Every difference is named with
@@ -59,7 +69,7 @@ def reconcile(first: dt.datetime | None, last: dt.datetime | None, csv_file: Pat
         click.echo(json.dumps(asked) if output == "json" else f"would compare {begin} to {to}, and book what no payment caused")
         return
     status = Cluster(home()).status()
-    result = asyncio.run(_reconcile(status, begin, to, csv_file, quiet=output == "json"))
+    result = asyncio.run(_reconcile(status, begin, to, grace_s, csv_file, quiet=output == "json"))
     if output == "json":
         click.echo(json.dumps(result))
     else:
@@ -68,7 +78,9 @@ def reconcile(first: dt.datetime | None, last: dt.datetime | None, csv_file: Pat
         raise SystemExit(WRONG)
 
 
-async def _reconcile(status: Status, first: dt.date, last: dt.date, csv_file: Path | None, *, quiet: bool) -> dict[str, Any]:
+async def _reconcile(
+    status: Status, first: dt.date, last: dt.date, grace_s: int | None, csv_file: Path | None, *, quiet: bool
+) -> dict[str, Any]:
     from oncepay.client import Oncepay
 
     urls = status.urls
@@ -76,7 +88,7 @@ async def _reconcile(status: Status, first: dt.date, last: dt.date, csv_file: Pa
         router=urls["router"], keygen=urls["keygen"], aggregator=urls["aggregator"], api_key=status.api_key
     ) as client:
         with _bar(quiet=quiet) as advance:
-            result = await reconciled(client, first, last, advance)
+            result = await reconciled(client, first, last, advance, grace_s=grace_s)
         if csv_file is not None:
             text = await client.aggregator("GET", f"/v1/reconciliations/{result['id']}/differences.csv")
             await asyncio.to_thread(csv_file.write_bytes, text)
@@ -84,10 +96,15 @@ async def _reconcile(status: Status, first: dt.date, last: dt.date, csv_file: Pa
 
 
 async def reconciled(
-    client: Oncepay, first: dt.date, last: dt.date, advance: Callable[[int], None] = lambda _: None
+    client: Oncepay,
+    first: dt.date,
+    last: dt.date,
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    grace_s: int | None = None,
 ) -> dict[str, Any]:
     """Run a reconciliation to its end; what `oncepay reconcile --output json` prints. Raises ReconciliationFailed."""
-    asked = {"from": str(first), "to": str(last)}
+    asked = {"from": str(first), "to": str(last)} | ({} if grace_s is None else {"grace_s": grace_s})
     run = json.loads(await client.aggregator("POST", "/v1/reconciliations", asked))
     path = f"/v1/reconciliations/{run['id']}"
     while run["state"] == "running":

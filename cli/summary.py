@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from cli.ending import show_ending
 from loadtest.purchases import DECLINED, SELLER_RULE
 from oncepay.money import format_minor
 
@@ -29,6 +30,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     width = max(4, min(BAR_WIDTH_MAX, console.width - TABLE_WIDTH))
     console.print(_sellers(result["sellers"]["sellers"], width))
     _story(console, result, tally)
+    show_ending(console, result)
     _verdict(console, result["verify"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import io
+from typing import Annotated
 
 import asyncpg
 import msgspec
@@ -28,10 +29,11 @@ COLUMNS = (
 
 
 class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"from_": "from"}):
-    """The body of `POST /v1/reconciliations`: UTC days, both inclusive."""
+    """The body of `POST /v1/reconciliations`: UTC days, both inclusive. `grace_s` instead of the setting's."""
 
     from_: dt.date
     to: dt.date
+    grace_s: Annotated[int, msgspec.Meta(ge=0, le=864_000)] | None = None
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -106,7 +108,7 @@ class ReconcileCalls:
         except msgspec.DecodeError as error:
             raise MalformedBody(str(error)) from None
         first, last = (dt.datetime.combine(day, dt.time(), dt.UTC) for day in (asked.from_, asked.to))
-        name = await self._office.start(first, last + dt.timedelta(days=1), api_key(request).name)
+        name = await self._office.start(first, last + dt.timedelta(days=1), api_key(request).name, grace_s=asked.grace_s)
         return json_response(await self._one(name), status=202)
 
     async def runs(self, request: web.Request) -> web.Response:

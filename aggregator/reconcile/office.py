@@ -78,8 +78,11 @@ class Office:
                 _log.warning("the daily reconciliation has to wait", error=str(error))
             await asyncio.sleep(CHECK_S)
 
-    async def start(self, first: dt.datetime, last: dt.datetime, asked_by: str, *, wait: bool = False) -> str:
+    async def start(
+        self, first: dt.datetime, last: dt.datetime, asked_by: str, *, wait: bool = False, grace_s: int | None = None
+    ) -> str:
         """Begin a run over [first, last); its name. With `wait` it is over. Raises AlreadyReconciling or InvalidField."""
+        grace = dt.timedelta(seconds=self._settings.reconcile.grace_s if grace_s is None else grace_s)
         if not first < last:
             raise InvalidField("the period ends before it begins", field="to")
         if last - first > PERIOD_MAX:
@@ -88,19 +91,21 @@ class Office:
             raise InvalidField("the period ends in the future", field="to")
         name = f"rec_{secrets.token_hex(8)}"
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        task = self._service.spawn(self._run(name, first, last, asked_by, begun), name)
+        task = self._service.spawn(self._run(name, first, last, asked_by, grace, begun), name)
         await begun
         if wait:
             await asyncio.wait({task})
         return name
 
-    async def _run(self, name: str, first: dt.datetime, last: dt.datetime, asked_by: str, begun: asyncio.Future[None]) -> None:
+    async def _run(
+        self, name: str, first: dt.datetime, last: dt.datetime, asked_by: str, grace: dt.timedelta, begun: asyncio.Future[None]
+    ) -> None:
         try:
             async with self._alone() as connection:
                 await connection.execute(SQL["abandon"])
                 await connection.execute(SQL["begin"], name, first, last, asked_by)
                 begun.set_result(None)
-                await self._reconcile(name, first, last, connection)
+                await self._reconcile(name, first, last, grace, connection)
             await self._show()
         except Exception as error:
             if not begun.done():
@@ -108,7 +113,9 @@ class Office:
                 return
             _log.error("reconciliation broken off", run=name, exc_info=error)
 
-    async def _reconcile(self, name: str, first: dt.datetime, last: dt.datetime, connection: asyncpg.Connection) -> None:
+    async def _reconcile(
+        self, name: str, first: dt.datetime, last: dt.datetime, grace: dt.timedelta, connection: asyncpg.Connection
+    ) -> None:
         from aggregator.reconcile.books import ShardBooks
         from aggregator.reconcile.run import Run
         from oncepay.stripe_client import StripeGateway
@@ -122,7 +129,6 @@ class Office:
             budget.start()
             await store.start()
             async with StripeGateway(settings.stripe, budget) as stripe:
-                grace = dt.timedelta(seconds=settings.reconcile.grace_s)
                 run = Run(name, first, last, stripe=stripe, books=ShardBooks(store, actor), connect=self._connect, grace=grace)
                 await run.whole()
         except (OncepayError, asyncpg.PostgresError) as error:

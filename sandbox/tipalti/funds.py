@@ -1,7 +1,7 @@
 """The payer's balances at Tipalti: fundings, what payments and fees take, and the day's cut-off time.
 
 A payment is charged when it would be scheduled; without enough money it waits in `Pending funds` until some comes in. By
-default money comes by itself (`automatic`), exactly what a payment lacks, as from a bank account that Tipalti may debit.
+default money comes by itself (`automatic`) when a payment lacks it, as from a bank account that Tipalti may debit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from sandbox.tipalti import model
 from sandbox.tipalti.world import World
 
 AMOUNT_MAX = 10**15
+AUTOMATIC_MINOR = 1_000_000
+"""What comes by itself at least."""
 DAY_MINUTES = 24 * 60
 NO_CUTOFF = -1
 
@@ -61,7 +63,7 @@ class Account:
         if lacking > 0:
             if not self.automatic:
                 return False
-            self.fund(currency, lacking, automatic=True)
+            self.fund(currency, max(lacking, AUTOMATIC_MINOR), automatic=True)
         self.add(currency, -amount)
         return True
 
