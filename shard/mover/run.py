@@ -471,12 +471,14 @@ class Journey:
         await self._hold.save(state="aborted", eta_s=None, problem="")
 
     async def _drop_origin(self) -> None:
+        """On both sides: a rollback may have copied the range back."""
         move = self.move
-        copier = Copier(
-            move.id, self._hold.epoch, self.source, self.target, move.first, move.last, (),
-            rows_total=1, limit_rows_per_s=0, lag_max_bytes=0,
-        )  # fmt: skip
-        await copier.drop_origin()
+        for giver, taker in ((self.source, self.target), (self.target, self.source)):
+            copier = Copier(
+                move.id, self._hold.epoch, giver, taker, move.first, move.last, (),
+                rows_total=1, limit_rows_per_s=0, lag_max_bytes=0,
+            )  # fmt: skip
+            await copier.drop_origin()
 
     async def _delete(self, side: Side) -> None:
         """Delete the range's rows on a shard that doesn't own it, those that refer to others first."""

@@ -9,6 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from oncepay.keys import slot
 from shard.store import migrate as schema
 from shard.store.migrate import LATEST, MigrationBlocked, SchemaNewer, migrate, migrations, pending
 from tests.postgres_fixture import PostgresServer, postgres_server
@@ -106,9 +107,27 @@ async def test_who_looks_or_saves_writes_nothing(dsn: str, role: str) -> None:
 
 @pytest.mark.parametrize("role", ["oncepay_router", "oncepay_worker", "oncepay_mover"])
 async def test_nobody_changes_the_schema_or_takes_an_entry_back(dsn: str, role: str) -> None:
-    for statement in ("truncate oncepay.entries", "delete from oncepay.entries", WRITES[-1], WRITES[6]):
+    statements = ["truncate oncepay.entries", WRITES[-1], WRITES[6]]
+    if role != "oncepay_mover":
+        statements.append("delete from oncepay.entries")
+    for statement in statements:
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await run(dsn, statement, role=role)
+
+
+async def test_a_row_is_deleted_only_where_its_slot_has_moved_away(dsn: str) -> None:
+    """By the mover's role; the others may delete nothing."""
+    key = "seller:a"
+    await run(
+        dsn,
+        "insert into oncepay.sellers (slot, key, payee, currency, version, actor, created_at, updated_at)"
+        f" values ({slot(key)}, '{key}', 'p', 'usd', 1, 'test', now(), now())",
+    )
+    delete = f"delete from oncepay.sellers where slot = {slot(key)} returning key"
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+        await run(dsn, delete, role="oncepay_mover")
+    await run(dsn, f"delete from oncepay.ranges where {slot(key)} between first and last")
+    assert await run(dsn, delete, role="oncepay_mover") == key
 
 
 async def test_each_role_may_do_its_work(dsn: str) -> None:
