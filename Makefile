@@ -8,7 +8,7 @@ ARGS ?=
 NONE_IS_FINE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fmt up down bench load faults soak docs clean
+.PHONY: help install demo test check check-code check-units fmt up down bench load faults soak docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -28,10 +28,15 @@ test: $(STAMP) check ## the whole test suite, on real Postgres, etcd and Patroni
 	$(BIN)/python -m pytest -q -m "cluster and not faults" $(ARGS) $(NONE_IS_FINE)
 
 check: $(STAMP) ## the fast part: lint, types, import rules, tests that need no cluster
+	@$(MAKE) --no-print-directory -j2 --output-sync=target check-code check-units
+
+check-code: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+check-units: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not cluster and not faults" $(ARGS) $(NONE_IS_FINE)
 
 fmt: $(STAMP) ## format the code

@@ -40,6 +40,8 @@ DEALT_MIN = 0.5
 BURST_S = 0.05
 """What may be spent at once, in seconds of the share."""
 SPREAD_S = 0.05
+GIVE_BACK_S = 1.0
+"""How long a process that ends waits for etcd to take its share back."""
 GIVE_BACK_TRIES = 20
 WAITING_MAX = 5_000
 WAIT_MAX_S = 20.0
@@ -183,7 +185,9 @@ class Budget:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._mirror.stop()
-        await give_back(self._etcd, self._name)
+        with contextlib.suppress(TimeoutError):  # etcd is away: the share is parked
+            async with asyncio.timeout(GIVE_BACK_S):
+                await give_back(self._etcd, self._name)
 
     async def take(self, method: str, path: str) -> None:
         """Return when one request to that endpoint may be sent. Raises BudgetShort past its bounds."""
