@@ -1,0 +1,49 @@
+"""A stream may bring what its giver doesn't show yet: that is no difference."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from oncepay.keys import slot
+from shard.mover.compare import Comparer
+from shard.mover.run import Journey
+from tests.shard.mover.conftest import SOURCE, TARGET, World, eventually
+from tests.shard.store.trouble import frozen, receivers
+
+pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(120)]
+
+
+async def test_a_commit_that_waits_for_its_standbys_is_waited_for(world: World) -> None:
+    """The interleaving: the taker has replayed a payment whose commit still waits at the giver, which so shows none."""
+    await world.pay(world.key())
+    move = await world.plan()
+    await world.moving.run(move.id, "ready")
+    hold = await world.moving.records.take(move.id, None)
+    journey = Journey(world.moving, hold, lambda _: None)
+    late = world.key()
+    at_taker = await world.session(TARGET)
+    try:
+        await journey._claim()
+        comparer = Comparer(journey._stream(back=False), journey._tables)
+        leader = world.moving.leaders.current(SOURCE)
+        assert leader is not None
+        members = [f"{SOURCE}-{n}" for n in (1, 2, 3) if f"{SOURCE}-{n}" != leader.name]
+        with frozen(await receivers(world.cluster, members)):
+            paying = asyncio.create_task(world.pay(late))
+
+            async def is_ahead() -> bool:
+                return bool(await at_taker.fetchval("select count(*) from oncepay.payments where key = $1", late))
+
+            await eventually(is_ahead, "the taker has it")
+            comparing = asyncio.create_task(comparer.keys([(slot(late), late)]))
+            done, _ = await asyncio.wait([comparing], timeout=1.5)
+            assert not done, comparing.result()
+        assert await asyncio.wait_for(comparing, 30) == []
+        assert (await asyncio.wait_for(paying, 30)).status == "succeeded"
+    finally:
+        await at_taker.close()
+        await journey.close()
+        await hold.leave()
+    await world.moving.run(move.id, "aborted")
