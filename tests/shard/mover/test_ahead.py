@@ -15,8 +15,9 @@ from tests.shard.store.trouble import frozen, receivers
 pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(120)]
 
 
-async def test_a_commit_that_waits_for_its_standbys_is_waited_for(world: World) -> None:
-    """The interleaving: the taker has replayed a payment whose commit still waits at the giver, which so shows none."""
+async def test_a_commit_that_waits_for_its_standbys_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interleaving: a payment is committed at the giver after its position was read. The taker has replayed it, but the
+    commit still waits, and the giver shows none."""
     await world.pay(world.key())
     move = await world.plan()
     await world.moving.run(move.id, "ready")
@@ -26,7 +27,14 @@ async def test_a_commit_that_waits_for_its_standbys_is_waited_for(world: World) 
     at_taker = await world.session(TARGET)
     try:
         await journey._claim()
-        comparer = Comparer(journey._stream(back=False), journey._tables)
+        stream = journey._stream(back=False)
+        comparer = Comparer(stream, journey._tables)
+        await stream.applied(await stream.giver.position(), 30)
+
+        async def was_applied(position: int, timeout_s: float) -> None:
+            """Before the payment came."""
+
+        monkeypatch.setattr(stream, "applied", was_applied)
         leader = world.moving.leaders.current(SOURCE)
         assert leader is not None
         members = [f"{SOURCE}-{n}" for n in (1, 2, 3) if f"{SOURCE}-{n}" != leader.name]
