@@ -181,6 +181,7 @@ def test_postgres_dies_with_its_patroni(data_cluster: Cluster) -> None:
     until(lambda: is_whole(data_cluster), 60)
 
 
+@pytest.mark.faults
 def test_a_frozen_leaders_postgres_is_dead_before_its_lease_ends(data_cluster: Cluster) -> None:
     before = leader_of(data_cluster)
     assert before.patroni_pid is not None
@@ -259,6 +260,7 @@ def test_a_shard_is_added_while_the_others_run_on(data_cluster: Cluster) -> None
         data_cluster.add_shard("s1")
 
 
+@pytest.mark.faults
 def test_a_shard_that_does_not_come_up_is_taken_away_again(data_cluster: Cluster) -> None:
     def refuse(shard: str, dsn: str, ranges: list[tuple[int, int]]) -> None:
         raise RuntimeError("no schema today")
@@ -284,6 +286,7 @@ def test_down_leaves_nothing_running_and_keeps_the_data(data_cluster: Cluster) -
 COMMAND = [sys.executable, "-m", "cli.main"]
 
 
+@pytest.mark.faults
 def test_a_start_that_was_cut_off_starts_anew(cluster_folder: Path) -> None:
     """kill -9 of `up` and of everything while the shard is being made: the next `up` must not wait for its makers."""
     cluster = Cluster(cluster_folder / "cut off", free_base(), shards=("s0",), parts=("etcd", "nodes"))
@@ -301,6 +304,7 @@ def test_a_start_that_was_cut_off_starts_anew(cluster_folder: Path) -> None:
     assert not cluster.home.exists()
 
 
+@pytest.mark.faults
 def test_an_interrupted_start_leaves_nothing_running(cluster_folder: Path) -> None:
     home = cluster_folder / "interrupted"
     environment = {**os.environ, "ONCEPAY_HOME": str(home), "ONCEPAY_PORT_BASE": str(free_base())}
@@ -341,6 +345,7 @@ def test_foreground_stops_everything_on_sigterm(cluster_folder: Path) -> None:
         Cluster(home).down(purge=True)
 
 
+@pytest.mark.faults
 def test_a_part_that_does_not_come_up_is_named_with_its_log(cluster_folder: Path) -> None:
     home = cluster_folder / "broken"
     cluster = Cluster(home, free_base(), parts=("etcd",))

@@ -66,6 +66,7 @@ def test_the_api_key_is_kept_hashed(cluster: Cluster) -> None:
     assert api_key not in record
 
 
+@pytest.mark.faults
 def test_a_payment_outlives_a_kill_of_everything(cluster: Cluster) -> None:
     code, keys = call(cluster, "keygen", "POST", "/v1/keys", {"count": 1})
     assert code == 201

@@ -14,6 +14,7 @@ from tests.faults.course import SLACK, suffer
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 
 
+@pytest.mark.faults
 async def test_the_leaders_postgres_is_killed(cluster: Cluster) -> None:
     """The quick sample of these; the others take longer."""
     seen = await suffer(cluster, "kill-postgres")

@@ -80,6 +80,7 @@ def take_what_is_free(keygen: Keygen) -> list[str]:
     return take(keygen, 400_000)
 
 
+@pytest.mark.faults
 def test_without_retiring_keys_would_come_twice(tmp_path: Path, cluster: EtcdCluster) -> None:
     """Why the next test's command is needed; when this fails, it isn't any more."""
     settings = cluster.settings()

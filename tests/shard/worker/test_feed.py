@@ -305,6 +305,7 @@ async def test_how_far_behind_at_200_payments_a_second(shard: ShardDatabase, agg
         assert p99_s < 0.5
 
 
+@pytest.mark.faults
 async def test_the_feed_goes_on_though_a_row_comes_in_the_moment_in_which_its_connection_ends(
     shard: ShardDatabase, aggregator: RunningAggregator
 ) -> None:

@@ -280,6 +280,7 @@ async def test_another_worker_takes_over_after_a_kill(
     assert time.monotonic() - began_s < 10
 
 
+@pytest.mark.faults
 async def test_a_frozen_worker_is_replaced_and_does_no_harm_when_it_thaws(
     shard_cluster: Cluster, workers: list[WorkerProcess], store: Shards, derived: Derived
 ) -> None:
@@ -369,6 +370,7 @@ def walreceivers(cluster: Cluster, leader: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.faults
 async def test_what_a_failover_erases_was_never_forwarded(
     shard_cluster: Cluster, workers: list[WorkerProcess], store: Shards, derived: Derived
 ) -> None:
