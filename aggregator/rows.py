@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow
+from oncepay.payment_text import parse_progress, parse_terms
 
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
@@ -18,23 +19,6 @@ Columns = tuple[list[Any], ...]
 
 FAILURE_NOT_KNOWN = ""
 """In the column `failure`: keep what is there (None: there is no failure)."""
-
-
-class _Share(msgspec.Struct):
-    fee: int
-
-
-class _Terms(msgspec.Struct):
-    items: msgspec.Raw
-    shares: tuple[_Share, ...]
-
-
-class _Progress(msgspec.Struct):
-    failure: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_terms = msgspec.json.Decoder(_Terms)
-_progress = msgspec.json.Decoder(_Progress)
 
 
 def time_of(time_us: int) -> dt.datetime:
@@ -57,19 +41,19 @@ def _transposed(rows: Sequence[tuple[Any, ...]], width: int) -> Columns:
 
 
 def items_and_fee(terms: str | None) -> tuple[str | None, int | None]:
-    """The items (JSON as the shard wrote it) and the platform's fee of a payment's terms."""
+    """The items (a JSON array of objects) and the platform's fee of a payment's terms."""
     if terms is None:
         return None, None
-    decoded = _terms.decode(terms)
-    return bytes(decoded.items).decode(), sum(share.fee for share in decoded.shares)
+    decoded = parse_terms(terms)
+    return msgspec.json.encode(decoded.items).decode(), decoded.platform_fee
 
 
 def failure_of(progress: str | None) -> str | None:
     """The failure (JSON) in a payment's progress; FAILURE_NOT_KNOWN without progress."""
     if progress is None:
         return FAILURE_NOT_KNOWN
-    failure = bytes(_progress.decode(progress).failure).decode()
-    return None if failure == "null" else failure
+    failure = parse_progress(progress).failure
+    return None if failure is None else msgspec.json.encode(failure).decode()
 
 
 def latest_payments(rows: Iterable[PaymentRow]) -> list[PaymentRow]:

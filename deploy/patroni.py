@@ -45,8 +45,10 @@ class Credential:
 class Tuning:
     """Sizes that depend on the machine. The defaults fit a laptop that runs six nodes."""
 
-    shared_buffers: str = "64MB"
-    max_wal_size: str = "512MB"
+    shared_buffers: str = "256MB"
+    """The pages of the indexes that payments touch at random (some 130 bytes for each payment that is there) should fit in."""
+    max_wal_size: str = "1GB"
+    """How much log lies between two checkpoints at most: after one, each page goes into the log whole when it is first touched."""
     min_wal_size: str = "64MB"
     max_connections: int = 200
     max_slot_wal_keep_size: str = "2GB"
@@ -134,7 +136,8 @@ def _shared_parameters(tuning: Tuning) -> dict[str, object]:
         "wal_receiver_timeout": "15s",
         "wal_receiver_status_interval": "2s",
         "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_MS}ms",
-        "checkpoint_timeout": "5min",
+        "checkpoint_timeout": "15min",
+        "autovacuum_naptime": "15s",
         "max_wal_size": tuning.max_wal_size,
         "min_wal_size": tuning.min_wal_size,
         "shared_buffers": tuning.shared_buffers,

@@ -18,6 +18,8 @@ TIPALTI_CLEARING = "tipalti:clearing"
 TIPALTI_FEES = "tipalti:fees"
 BANK = "bank"
 PLATFORM_FEES = "platform:fees"
+PAYMENT = "payment"
+"""Kind and id of the entry of a payment's success: a payment has one at most."""
 
 
 def payable(seller: str) -> str:
@@ -56,13 +58,13 @@ class BalanceLink(msgspec.Struct, frozen=True):
 
 
 def payment_entry(currency: str, charge: str, shares: tuple[Share, ...]) -> Entry:
-    """The money of a charge that succeeded (or was captured): clearing owes it, sellers and the platform earn it."""
+    """The money of the one charge that succeeded (or was captured): clearing owes it, sellers and the platform earn it."""
     postings = [Posting(STRIPE_CLEARING, sum(share.gross for share in shares))]
     for share in shares:
         postings.append(Posting(payable(share.seller), -share.net, share.seller))
         if share.fee:
             postings.append(Posting(PLATFORM_FEES, -share.fee, share.seller))
-    return Entry(f"payment:{charge}", "payment", currency, charge, tuple(postings))
+    return Entry(PAYMENT, PAYMENT, currency, charge, tuple(postings))
 
 
 def stripe_fee_entry(currency: str, transaction: str, fee_minor: int) -> Entry:

@@ -35,7 +35,7 @@ from oncepay.events import (
     RefundSeen,
     SuccessorNamed,
 )
-from oncepay.ledger import BalanceLink, Entry, exchange_entries, payment_entry, stripe_fee_entry
+from oncepay.ledger import PAYMENT, BalanceLink, Entry, exchange_entries, payment_entry, stripe_fee_entry
 from oncepay.payment import COMMANDS_MAX, TERMINAL, Capture, Charge, Command, Failure, IntentView, Payment, Status
 
 CONFIRMABLE = frozenset({Status.ATTEMPTED, Status.REQUIRES_PAYMENT_METHOD})
@@ -54,7 +54,10 @@ def move(payment: Payment, event: Event) -> Moved:
         return moved
     if payment.terminal and moved.payment.status is not payment.status:
         raise Contradiction(f"{payment.status} can't become {moved.payment.status}")
-    return moved._replace(payment=replace(moved.payment, version=payment.version + 1))
+    after = replace(moved.payment, version=payment.version + 1)
+    if after.terminal and after.progress.client_secret:  # no browser can do anything with it any more
+        after = replace(after, progress=replace(after.progress, client_secret=""))
+    return moved._replace(payment=after)
 
 
 def _intent_created(payment: Payment, event: IntentCreated) -> Moved:
@@ -225,7 +228,7 @@ def _with_fee(moved: Moved, charge: Charge) -> Moved:
         return moved
     transaction, settled = charge.balance_transaction, charge.settled_currency or payment.currency
     entries: list[Entry] = []
-    links = [BalanceLink(transaction, f"payment:{charge.id}")]
+    links = [BalanceLink(transaction, PAYMENT)]
     if settled != payment.currency:
         entries += exchange_entries(transaction, payment.currency, payment.amount_captured, settled, charge.settled_amount)
     if charge.fee:

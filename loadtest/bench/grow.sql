@@ -12,15 +12,17 @@ with pattern as (
     join pattern on pattern.number = n % pattern.patterns + 1
 ), payments as (
     insert into oncepay.payments (
-        slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, fingerprint, terms, progress,
+        slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, fingerprint, agreed, course,
         open_work, disputed, event, actor, created_at, updated_at, expires_at)
     select oncepay.slot_of(new_key), new_key, status, version, buyer, currency, amount, amount_captured, amount_refunded,
-           new_intent, fingerprint, terms, progress, open_work, disputed, event, actor, at, at, at + interval '1 day'
+           new_intent, fingerprint, agreed, course, open_work, disputed, event, actor, at, at, at + interval '1 day'
     from made
     where exists (select from oncepay.ranges r where oncepay.slot_of(new_key) between r.first and r.last)
 ), entries as (
-    insert into oncepay.entries (slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at)
-    select oncepay.slot_of(m.new_key), m.new_key, e.entry_id, e.kind, e.currency, e.source, e.accounts, e.amounts, e.sellers, m.at
+    insert into oncepay.entries (
+        slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at, balance_transaction, fee)
+    select oncepay.slot_of(m.new_key), m.new_key, e.entry_id, e.kind, e.currency, e.source, e.accounts, e.amounts, e.sellers, m.at,
+           'txn_3' || substr(encode(sha256(m.new_key::bytea), 'hex'), 1, 23), e.fee
     from made m join oncepay.entries e on e.slot = m.old_slot and e.key = m.old_key
 )
 insert into oncepay.balance_links (slot, key, entry_id, balance_transaction, created_at)

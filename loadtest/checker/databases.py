@@ -61,8 +61,38 @@ class _Terms(msgspec.Struct):
     on_decline: str = "retry"
 
 
+class _Line(msgspec.Struct, array_like=True):
+    seller: str
+    amount: int
+    quantity: int = 1
+
+
+class _ShortTerms(msgspec.Struct, array_like=True):
+    """As most rows have them: `fees` are the sellers', in the order in which they first appear."""
+
+    items: list[_Line]
+    fees: list[int]
+    api_version: str
+    payment_method: str = ""
+    on_decline: str = "retry"
+
+
+class _Capture(msgspec.Struct):
+    shares: list[_Share]
+
+
+class _Course(msgspec.Struct):
+    charge: str = ""
+    stripe_fee: int = -1
+    capture: _Capture | None = None
+
+
+_OF_COURSE = {"charge": 2, "stripe_fee": 3, "capture": 13}
+"""Where a short text of a payment's progress has these."""
+
 _terms = msgspec.json.Decoder(_Terms)
-_shares = msgspec.json.Decoder(list[_Share])
+_short_terms = msgspec.json.Decoder(_ShortTerms)
+_course = msgspec.json.Decoder(_Course)
 
 
 @contextlib.asynccontextmanager
@@ -130,19 +160,39 @@ async def read_shard(target: ShardTarget, progress: Progress) -> Shard:
 
 
 def _payment(shard: str, row: Any) -> Payment:
-    text, charge, fee_booked, expired, asked_text = tuple(row)[10:]
+    terms_text, course_text, expired = tuple(row)[10:]
     try:
-        terms = _terms.decode(text)
-        asked = _shares.decode(asked_text) if asked_text else []
-    except msgspec.DecodeError as error:
+        terms, course = _terms_in(terms_text), _course_in(course_text)
+    except (msgspec.DecodeError, ValueError) as error:
         raise Misread(f"shard {shard}: the terms of {row[1]}: {error}") from error
-    gross: dict[str, int] = {}
-    for item in terms.items:
-        gross[item.seller] = gross.get(item.seller, 0) + item.amount * item.quantity
-    shares = _of(terms.shares)
-    items = tuple(Share(seller, amount, 0) for seller, amount in gross.items())
+    items = tuple(Share(seller, amount, 0) for seller, amount in _gross(terms.items).items())
     driven = expired or _driven(row[2], terms)
-    return Payment._make((shard, *tuple(row)[:10], charge, fee_booked, driven, shares, items, _of(asked)))
+    asked = course.capture.shares if course.capture else []
+    known = (course.charge, course.stripe_fee >= 0, driven)
+    return Payment._make((shard, *tuple(row)[:10], *known, _of(terms.shares), items, _of(asked)))
+
+
+def _gross(items: list[_Item]) -> dict[str, int]:
+    gross: dict[str, int] = {}
+    for item in items:
+        gross[item.seller] = gross.get(item.seller, 0) + item.amount * item.quantity
+    return gross
+
+
+def _terms_in(text: str) -> _Terms:
+    if text.startswith("{"):
+        return _terms.decode(text)
+    short = _short_terms.decode(text)
+    items = [_Item(line.seller, line.amount, line.quantity) for line in short.items]
+    shares = [_Share(*total, fee) for total, fee in zip(_gross(items).items(), short.fees, strict=True)]
+    return _Terms(items, shares, short.payment_method, short.on_decline)
+
+
+def _course_in(text: str) -> _Course:
+    if text.startswith("{"):
+        return _course.decode(text)
+    values = msgspec.json.decode(text)
+    return msgspec.convert({name: values[place] for name, place in _OF_COURSE.items() if place < len(values)}, _Course)
 
 
 def _of(shares: list[_Share]) -> tuple[Share, ...]:

@@ -22,20 +22,16 @@ TABLES = ("payments", "entries", "balance_links")
 
 _PLANT = """
 insert into oncepay.payments (slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
-    fingerprint, terms, progress, open_work, disputed, event, actor, created_at, updated_at, expires_at)
+    fingerprint, agreed, course, open_work, disputed, event, actor, created_at, updated_at, expires_at)
 select slot, key, 'succeeded', 4, 'buyer-' || n % 1000, 'usd', 1000, 1000, 0, 'pi_' || key, sha256(key::bytea),
-    $4::jsonb, '{}', false, false, 'planted', 'planted', now(), now(), now()
+    $4::text, '[1,"pm_card_visa","ch_planted",59]', false, false, 'planted', 'planted', now(), now(), now()
 from (select n, $3 || n as key, oncepay.slot_of($3 || n) as slot from generate_series($5::bigint, $6::bigint) n) k
 where slot between $1 and $2
 """
-_TERMS = (
-    '{"items": [{"seller": "s", "amount": 1000, "quantity": 1, "description": "A record"}],'
-    ' "shares": [{"seller": "s", "gross": 1000, "fee": 100}], "api_version": "2026-10-28.endive"}'
-)
+_TERMS = '[[["s",1000,1,"A record"]],[100],"2026-10-28.endive","pm_card_visa","fail"]'
 _PLANT_ENTRIES = """
-insert into oncepay.entries (slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at)
-select slot, key, 'payment', 'payment', 'usd', 'planted', array['stripe:clearing', 'seller:s:payable', 'platform:fees'],
-    array[1000, -900, -100], array['', 's', ''], now()
+insert into oncepay.entries (slot, key, entry_id, currency, source, accounts, amounts, created_at, balance_transaction, fee)
+select slot, key, 'payment', 'usd', 'ch_' || key, array['C', 'Ps', 'Fs'], array[1000, -900, -100], now(), 'txn_' || key, 59
 from oncepay.payments where actor = 'planted' and slot between $1 and $2 and key >= $3
     and not exists (select from oncepay.entries e where e.slot = payments.slot and e.key = payments.key)
 """

@@ -68,7 +68,7 @@ _SUCCEEDED = Payment(
     amount_captured=3397,
 )
 _ENTRY = EntryView(
-    entry_id="payment:ch_3QmBx2LkdIwHu7ix0Yz9",
+    entry_id="payment",
     kind="payment",
     currency="usd",
     source="ch_3QmBx2LkdIwHu7ix0Yz9",

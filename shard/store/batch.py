@@ -28,7 +28,7 @@ from oncepay.shardmap import MapWatch
 from shard.store import migrate
 from shard.store.evidence import prove
 from shard.store.leader import Leaders, Node
-from shard.store.rows import Put, entry_arrays, payment_of, put_arrays
+from shard.store.rows import Put, change_arrays, entry_arrays, new_arrays, payment_of
 
 WRITERS = 2
 CROWD = 64
@@ -63,7 +63,7 @@ BATCHES = Counter("oncepay_store_batches_total", "Batches sent to a shard.", ["s
 ROWS = Histogram("oncepay_store_batch_rows", "Operations in a batch.", ["shard"], buckets=(1, 2, 5, 10, 20, 50, 100, 200, 400))
 SECONDS = Histogram("oncepay_store_batch_seconds", "A batch's commit with its evidence.", ["shard"])
 
-_CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 39))})"  # noqa: S608 (placeholders only)
+_CALL = f"select * from oncepay.commit_batch({', '.join(f'${n}' for n in range(1, 47))})"  # noqa: S608 (placeholders only)
 
 
 class EpochOver(OncepayError):
@@ -137,6 +137,13 @@ class _Operation:
         self.key = put.payment.key if put else key
         self.by_intent = by_intent
         self.slot = -1 if by_intent or not self.key else slot_of(self.key)
+
+    @property
+    def kind(self) -> str:
+        """As `commit_batch` names it in its answers."""
+        if self.put is not None:
+            return "put" if self.put.expect else "new"
+        return "intent" if self.by_intent else "get"
 
 
 class Batcher:
@@ -349,10 +356,12 @@ class Batcher:
     async def _commit(self, connection: asyncpg.Connection, batch: list[_Operation]) -> Sequence[Mapping[str, Any]]:
         batch.sort(key=lambda o: (o.put is None, o.by_intent, o.slot, o.key))
         puts = [o.put for o in batch if o.put is not None]
+        new = [put for put in puts if not put.expect]
+        changes = [put for put in puts if put.expect]
         gets = [o for o in batch if o.put is None and o.slot >= 0]
         ranges = sorted({self._maps.current.range_of(o.slot).first for o in batch if o.put is not None})
         try:
-            arrays = [*put_arrays(puts), *entry_arrays(puts)]
+            arrays = [*new_arrays(new), *change_arrays(changes), *entry_arrays(changes)]
         except (ValueError, TypeError, OverflowError, msgspec.MsgspecError) as error:
             raise _Unsendable(repr(error)) from error
         rows: Sequence[Mapping[str, Any]] = await connection.fetch(
@@ -366,11 +375,12 @@ class Batcher:
         await prove(connection, self.shard, self._leaders.member_slots(self.shard))
 
     def _answer(self, batch: list[_Operation], rows: Sequence[Mapping[str, Any]]) -> None:
-        puts = [o for o in batch if o.put is not None]
-        gets = [o for o in batch if o.put is None and o.slot >= 0]
-        intents = [o for o in batch if o.by_intent]
+        asked: dict[str, list[_Operation]] = {"new": [], "put": [], "get": [], "intent": []}
+        if rows:
+            for operation in batch:
+                asked[operation.kind].append(operation)
         for row in rows:
-            target = {"put": puts, "get": gets, "intent": intents}[row["kind"]][row["ordinal"] - 1]
+            target = asked[row["kind"]][row["ordinal"] - 1]
             if target.future.done():
                 continue
             if row["outcome"] == "moved":

@@ -18,6 +18,7 @@ import msgspec
 
 from oncepay.errors import InvalidField
 from oncepay.payment import Payment
+from oncepay.payment_text import line_start
 from shard.store.rows import milliseconds, moment, payment_of
 from shard.store.store import Shards
 
@@ -66,7 +67,8 @@ async def list_payments(
 ) -> Page:
     """Payments of all shards that fit. Raises ShardUnavailable."""
     at = cursor or _START
-    return await _merged(store, _PAYMENTS, limit, moment(at.created_at_ms), at.key, buyer, seller, status, limit, SCAN_MAX)
+    line = None if seller is None else line_start(seller)
+    return await _merged(store, _PAYMENTS, limit, moment(at.created_at_ms), at.key, buyer, seller, status, limit, SCAN_MAX, line)
 
 
 async def list_disputed(store: Shards, *, limit: int, cursor: Cursor | None) -> Page:

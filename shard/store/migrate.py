@@ -1,5 +1,8 @@
 """Numbered migrations of a shard's database, under a lock, each in a transaction of its own.
 
+A migration whose first line is `-- Outside of a transaction…` is a list of statements that run one by one instead, for
+`create index concurrently`: each can be run again, since a run that was cut off begins with the first.
+
 A migration's file name starts with its number; `version` of a database is the number of the last one applied. What was applied
 stays applied, so a run that was cut off is taken up again by the next.
 
@@ -33,6 +36,10 @@ LOCK_TIMEOUT_MS = 1_000
 TRIES_MAX = 30
 PAUSE_S = 1.0
 _LOCK = 0x6F6E6365
+_ONE_BY_ONE = "-- Outside of a transaction"
+
+
+_DONE = "insert into oncepay_meta.migrations (number, name) values ($1, $2)"
 
 
 class MigrationBlocked(OncepayError):
@@ -111,16 +118,28 @@ async def _missing(connection: asyncpg.Connection) -> list[tuple[int, str, str]]
 async def _apply(connection: asyncpg.Connection, number: int, name: str, sql: str) -> None:
     for left in reversed(range(TRIES_MAX)):
         try:
-            async with connection.transaction():
-                await connection.execute(f"set local lock_timeout = {LOCK_TIMEOUT_MS}")
-                await connection.execute(sql)
-                await connection.execute("insert into oncepay_meta.migrations (number, name) values ($1, $2)", number, name)
+            if sql.startswith(_ONE_BY_ONE):
+                await _run_statements(connection, sql)
+                await connection.execute(_DONE, number, name)
+            else:
+                async with connection.transaction():
+                    await connection.execute(f"set local lock_timeout = {LOCK_TIMEOUT_MS}")
+                    await connection.execute(sql)
+                    await connection.execute(_DONE, number, name)
             return
         except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
             if left == 0:
                 advice = "look for long transactions (pg_stat_activity), and call again"
                 raise MigrationBlocked(f"{name} got no lock in {TRIES_MAX} tries: {advice}") from error
         await asyncio.sleep(PAUSE_S)
+
+
+async def _run_statements(connection: asyncpg.Connection, sql: str) -> None:
+    """Each by itself. These wait for transactions that run, without making others wait behind them; so there is no time limit."""
+    lines = [line for line in sql.splitlines() if not line.startswith("--")]
+    for statement in "\n".join(lines).split(";"):
+        if statement.strip():
+            await connection.execute(statement)
 
 
 async def _make_roles(connection: asyncpg.Connection, passwords: Mapping[str, str]) -> None:

@@ -10,12 +10,13 @@ import msgspec
 
 from oncepay.keys import slot as slot_of
 from oncepay.ledger import BalanceLink, Entry
-from oncepay.payment import Key, Payment, Progress, Status, Terms
+from oncepay.payment import Key, Payment, Status
+from oncepay.payment_text import parse_progress, parse_terms, progress_text, terms_text
+from shard.store.entry_rows import packed
 
 _UTC = datetime.UTC
-_encode = msgspec.json.Encoder().encode
-_terms = msgspec.json.Decoder(Terms).decode
-_progress = msgspec.json.Decoder(Progress).decode
+NEW_COLUMNS, CHANGE_COLUMNS, ENTRY_COLUMNS, LINK_COLUMNS = 13, 12, 10, 3
+"""How many arrays each kind of row comes in."""
 
 
 class Put(msgspec.Struct, frozen=True):
@@ -56,7 +57,7 @@ def payment_of(row: Mapping[str, Any]) -> Payment:
         buyer=row["buyer"],
         currency=row["currency"],
         amount=row["amount"],
-        terms=_terms(row["terms"]),
+        terms=parse_terms(row["terms"]),
         fingerprint=row["fingerprint"],
         created_at_ms=milliseconds(row["created_at"]),
         updated_at_ms=milliseconds(row["updated_at"]),
@@ -64,44 +65,55 @@ def payment_of(row: Mapping[str, Any]) -> Payment:
         intent=row["intent"] or "",
         amount_captured=row["amount_captured"],
         amount_refunded=row["amount_refunded"],
-        progress=_progress(row["progress"]),
+        progress=parse_progress(row["progress"]),
     )
 
 
-def put_arrays(puts: Sequence[Put]) -> list[list[Any]]:
-    """The nineteen arrays of the rows, in the order of `commit_batch`'s parameters. New rows bring their terms too."""
-    rows = [_put_row(put) for put in puts]
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(19)]
+def new_arrays(puts: Sequence[Put]) -> list[list[Any]]:
+    """The arrays of new rows, in the order of `commit_batch`'s parameters."""
+    return _columns([_new_row(put) for put in puts], NEW_COLUMNS)
 
 
-def _put_row(put: Put) -> tuple[Any, ...]:
+def change_arrays(puts: Sequence[Put]) -> list[list[Any]]:
+    """The arrays of changes."""
+    return _columns([_change_row(put) for put in puts], CHANGE_COLUMNS)
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]
+
+
+def _new_row(put: Put) -> tuple[Any, ...]:
     p = put.payment
-    own = (
-        slot_of(p.key), p.key, put.expect, p.status.value, p.intent or None, _encode(p.progress).decode(),
-        p.amount_captured, p.amount_refunded, p.open_work, bool(p.progress.disputes), put.event,
+    if p.intent or p.amount_captured or put.entries:
+        raise ValueError(f"{p.key} is new: it has neither an intent nor entries")
+    return (
+        slot_of(p.key), p.key, p.status.value, p.open_work, put.event, p.buyer, p.currency, p.amount, p.fingerprint,
+        terms_text(p.terms), progress_text(p.progress), p.created_at_ms, p.expires_at_ms,
     )  # fmt: skip
-    updated = moment(p.updated_at_ms)
-    if put.expect:
-        return (*own, None, None, None, None, None, None, None, updated)
-    created = updated if p.created_at_ms == p.updated_at_ms else moment(p.created_at_ms)
-    terms = _encode(p.terms).decode()
-    return (*own, p.buyer, p.currency, p.amount, p.fingerprint, terms, created, moment(p.expires_at_ms), updated)
+
+
+def _change_row(put: Put) -> tuple[Any, ...]:
+    p = put.payment
+    return (
+        slot_of(p.key), p.key, put.expect, p.status.value, p.intent or None, progress_text(p.progress), p.amount_captured,
+        p.amount_refunded, p.open_work, bool(p.progress.disputes), put.event, p.updated_at_ms,
+    )  # fmt: skip
 
 
 def entry_arrays(puts: Sequence[Put]) -> list[list[Any]]:
-    """The eight arrays of the entries and the three of the links; the first of each is the put's ordinal, from 1."""
-    entries: list[list[Any]] = [[] for _ in range(8)]
-    links: list[list[Any]] = [[] for _ in range(3)]
+    """The arrays of the changes' entries and of their links; the first of each is the put's ordinal, from 1."""
+    entries: list[tuple[Any, ...]] = []
+    links: list[tuple[Any, ...]] = []
     for ordinal, put in enumerate(puts, 1):
-        for entry in put.entries:
-            row = (
-                ordinal, entry.entry_id, entry.kind, entry.currency, entry.source,
-                array_literal([p.account for p in entry.postings]), array_literal([p.amount_minor for p in entry.postings]),
-                array_literal([p.seller for p in entry.postings]),
-            )  # fmt: skip
-            for column, value in zip(entries, row, strict=True):
-                column.append(value)
-        for link in put.links:
-            for column, value in zip(links, (ordinal, link.entry_id, link.balance_transaction), strict=True):
-                column.append(value)
-    return entries + links
+        if not put.entries and not put.links:
+            continue
+        rows, left = packed(put.entries, put.links)
+        for row in rows:
+            sellers = None if row.sellers is None else array_literal(row.sellers)
+            entries.append((
+                ordinal, row.entry_id, row.kind, row.currency, row.source, array_literal(row.accounts),
+                array_literal(row.amounts), sellers, row.balance_transaction, row.fee,
+            ))  # fmt: skip
+        links += [(ordinal, link.entry_id, link.balance_transaction) for link in left]
+    return _columns(entries, ENTRY_COLUMNS) + _columns(links, LINK_COLUMNS)

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
+from itertools import chain
 from typing import Any
 
 import asyncpg
 
 from oncepay.errors import ShardUnavailable
-from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow, PayoutRow, RebuildHead, lsn_text, parse_lsn
+from oncepay.feed import FeedBatch, LinkRow, PaymentRow, PayoutRow, RebuildHead, lsn_text, parse_lsn
 from oncepay.logs import get_logger
 from oncepay.settings import Settings
 from shard.store.leader import Node
 from shard.worker.errors import StandDown, WrongNode
 from shard.worker.replication import ReplicationConnection
 from shard.worker.stream import ROLE, SLOT
+from shard.worker.transactions import entry_links, entry_rows
 
 PAGE_ROWS = 2_000
 SLOT_S = 60.0
@@ -59,7 +61,10 @@ class Snapshot:
             async for page in self._pages("payments"):
                 yield self._batch(payments=tuple(_payment(lsn, row) for row in page))
             async for page in self._pages("entries"):
-                yield self._batch(entries=tuple(_entry(lsn, row) for row in page))
+                at_ms = [row["created_at"] // 1000 for row in page]
+                entries = (entry_rows(lsn, ms, row) for ms, row in zip(at_ms, page, strict=True))
+                links = (entry_links(lsn, ms, row) for ms, row in zip(at_ms, page, strict=True))
+                yield self._batch(entries=tuple(chain.from_iterable(entries)), links=tuple(chain.from_iterable(links)))
             async for page in self._pages("links"):
                 yield self._batch(links=tuple(_link(lsn, row) for row in page))
             async for page in self._pages("payouts"):
@@ -148,14 +153,6 @@ async def _revive_slot(maker: ReplicationConnection) -> None:
 
 def _payment(lsn: int, row: Sequence[Any]) -> PaymentRow:
     return PaymentRow(lsn, row[13] // 1000, *row)
-
-
-def _entry(lsn: int, row: Sequence[Any]) -> EntryRow:
-    slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at_us = row
-    return EntryRow(
-        lsn, created_at_us // 1000, slot, key, entry_id, kind, currency, source, tuple(accounts), tuple(amounts), tuple(sellers),
-        created_at_us,
-    )  # fmt: skip
 
 
 def _link(lsn: int, row: Sequence[Any]) -> LinkRow:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
 import msgspec
 
 from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow
+from shard.store.entry_rows import EntryRow as StoredEntry
+from shard.store.entry_rows import entries_of, links_of
 from shard.worker.pgoutput import Begin, Commit, Decoder, Insert, MalformedMessage, Message, Row, Update
 
 MESSAGE_PREFIX = "oncepay"
@@ -20,7 +23,11 @@ _PAYMENT_COLUMNS = (
 _MOMENTS = ("created_at", "updated_at", "expires_at")
 _payment_head = itemgetter(*_PAYMENT_COLUMNS)
 _payment_tail = itemgetter(*_MOMENTS, "open_work", "event", "actor")
-_ENTRY_COLUMNS = ("slot", "key", "entry_id", "kind", "currency", "source", "accounts", "amounts", "sellers", "created_at")
+_ENTRY_COLUMNS = (
+    "slot", "key", "entry_id", "kind", "currency", "source", "accounts", "amounts", "sellers", "balance_transaction", "fee",
+    "created_at",
+)  # fmt: skip
+_entry_content = itemgetter(*_ENTRY_COLUMNS[2:-1])
 _LINK_COLUMNS = ("slot", "key", "entry_id", "balance_transaction", "created_at")
 _PAYOUT_COLUMNS = (
     "slot", "key", "seller", "currency", "sequence", "status", "version", "amount", "payee", "ref_code", "run", "created_by",
@@ -28,7 +35,7 @@ _PAYOUT_COLUMNS = (
 PAYMENTS, ENTRIES, LINKS = "oncepay.payments", "oncepay.entries", "oncepay.balance_links"
 PAYOUTS = "oncepay.payouts"
 WANTED = {
-    PAYMENTS: frozenset((*_PAYMENT_COLUMNS, "terms", "progress", "open_work", "event", "actor", *_MOMENTS)),
+    PAYMENTS: frozenset((*_PAYMENT_COLUMNS, "agreed", "course", "terms", "progress", "open_work", "event", "actor", *_MOMENTS)),
     ENTRIES: frozenset(_ENTRY_COLUMNS),
     LINKS: frozenset(_LINK_COLUMNS),
     PAYOUTS: frozenset((*_PAYOUT_COLUMNS, "positions", "progress", "open_work", "created_at", "updated_at")),
@@ -102,8 +109,9 @@ class Assembler:
                 lsn,
                 at_ms,
                 [_payment(lsn, at_ms, row) for row in rows[PAYMENTS]],
-                [_entry(lsn, at_ms, row) for row in rows[ENTRIES]],
-                [_link(lsn, at_ms, row) for row in rows[LINKS]],
+                [entry for row in rows[ENTRIES] for entry in entry_rows(lsn, at_ms, row)],
+                [link for row in rows[ENTRIES] for link in entry_links(lsn, at_ms, row)]
+                + [_link(lsn, at_ms, row) for row in rows[LINKS]],
                 self._nonces,
                 self._size_bytes,
                 [_payout(lsn, at_ms, row) for row in rows[PAYOUTS]],
@@ -113,15 +121,20 @@ class Assembler:
 
 
 def _payment(lsn: int, at_ms: int, row: dict[str, Any]) -> PaymentRow:
-    terms, progress = row.get("terms"), row.get("progress")
+    terms, progress = row.get("agreed") or row.get("terms"), row.get("course") or row.get("progress")
     return PaymentRow(*(lsn, at_ms, *_payment_head(row), terms, progress, *_payment_tail(row)))
 
 
-def _entry(lsn: int, at_ms: int, row: dict[str, Any]) -> EntryRow:
-    slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at = (row[name] for name in _ENTRY_COLUMNS)
-    return EntryRow(
-        lsn, at_ms, slot, key, entry_id, kind, currency, source, tuple(accounts), tuple(amounts), tuple(sellers), created_at
-    )
+def entry_rows(lsn: int, at_ms: int, row: Mapping[str, Any]) -> list[EntryRow]:
+    """The entries in a row of the shard's entries. Raises KeyError for a missing column, or a code of a later version."""
+    slot, key, created_at = row["slot"], row["key"], row["created_at"]
+    return [EntryRow(lsn, at_ms, slot, key, *entry, created_at) for entry in entries_of(StoredEntry(*_entry_content(row)))]
+
+
+def entry_links(lsn: int, at_ms: int, row: Mapping[str, Any]) -> list[LinkRow]:
+    """The links in a row of the shard's entries."""
+    slot, key, created_at = row["slot"], row["key"], row["created_at"]
+    return [LinkRow(lsn, at_ms, slot, key, *link, created_at) for link in links_of(StoredEntry(*_entry_content(row)))]
 
 
 def _link(lsn: int, at_ms: int, row: dict[str, Any]) -> LinkRow:

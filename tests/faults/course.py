@@ -18,7 +18,7 @@ SLACK = 2.0
 AROUND = 30
 """Payments before and after."""
 ONCE = "select key, count(*) from oncepay.payments where key = any ($1) group by key"
-BOOKED_ONCE = "select key, count(*) from oncepay.entries where key = any ($1) and kind = 'payment' group by key"
+BOOKED_ONCE = "select key, count(*) from oncepay.entries where key = any ($1) and entry_id = 'payment' group by key"
 
 
 class Seen(NamedTuple):

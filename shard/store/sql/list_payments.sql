@@ -1,5 +1,5 @@
 -- A page, newest first, before ($1, $2). Filters: $3 buyer, $4 seller, $5 status (null: any). At most $6 rows are shown of at
--- most $7 that are read; when that many were read, the last of them comes marked as `passed`, to go on from there.
+-- most $7 that are read; $8: how a line of the seller begins in `agreed`; when that many were read, the last of them comes marked as `passed`, to go on from there.
 with read as (
     select p.*, row_number() over (order by created_at desc, key collate "C" desc) as n
     from (
@@ -12,13 +12,14 @@ with read as (
     ) p
 ), shown as (
     select * from read
-    where ($4::text is null or terms -> 'shares' @> jsonb_build_array(jsonb_build_object('seller', $4::text)))
+    where ($4::text is null or strpos(agreed, $8::text) > 0
+           or terms -> 'shares' @> jsonb_build_array(jsonb_build_object('seller', $4::text)))
       and ($5::text is null or status = $5)
     order by n
     limit $6
 )
 select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, fingerprint,
-       terms::text, progress::text, created_at, updated_at, expires_at, passed
+       coalesce(agreed, terms::text) as terms, coalesce(course, progress::text) as progress, created_at, updated_at, expires_at, passed
 from (
     select *, false as passed from shown
     union all

@@ -10,14 +10,15 @@ where oid in ('oncepay.payments'::regclass, 'oncepay.entries'::regclass, 'oncepa
               'oncepay.payouts'::regclass)
 
 -- name: payments
-select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, terms::text, progress::text,
+select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, coalesce(agreed, terms::text),
+       coalesce(course, progress::text),
        (extract(epoch from created_at) * 1000000)::bigint, (extract(epoch from updated_at) * 1000000)::bigint,
        (extract(epoch from expires_at) * 1000000)::bigint, open_work, event, actor
 from oncepay.payments p where exists (select from oncepay.ranges r where p.slot between r.first and r.last)
 
 -- name: entries
-select slot, key, entry_id, kind, currency, source, accounts, amounts, sellers,
-       (extract(epoch from created_at) * 1000000)::bigint
+select slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, balance_transaction, fee,
+       (extract(epoch from created_at) * 1000000)::bigint as created_at
 from oncepay.entries e where exists (select from oncepay.ranges r where e.slot between r.first and r.last)
 
 -- name: links

@@ -25,6 +25,7 @@ from loadtest.checker import Report, ShardTarget, Target, verify
 from oncepay.cart import Fee, Item, shares_of
 from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow, encode_batch
 from oncepay.payment import Failure, Key, Payment, Status, Terms
+from oncepay.payment_text import progress_text, terms_text
 from oncepay.settings import StripeSettings
 from oncepay.stripe_client import Declined, StripeGateway
 from oncepay.transition import AttemptDeclined, AttemptStarted, Event, GiveUp, IntentCreated, IntentSeen, move
@@ -221,14 +222,18 @@ class Merchant:
     async def _write(self) -> None:
         payment = self._payment
         slot = slot_of(payment.key)
+        old = slot % 2 == 0  # as earlier versions kept it
+        terms, progress = msgspec.json.encode(payment.terms).decode(), msgspec.json.encode(payment.progress).decode()
         connection = await asyncpg.connect(self._world.shard_dsns[self._world.shard_of(payment.key)])
         try:
             await connection.execute(
                 "insert into oncepay.payments values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12::text::jsonb,"
-                " $13::text::jsonb, $14, false, 'test', 'test', now(), now(), now() + interval '1 day')",
+                " $13::text::jsonb, $14, false, 'test', 'test', now(), now(), now() + interval '1 day', $15, $16)",
                 *(slot, payment.key, payment.status.value, payment.version, payment.buyer, payment.currency, payment.amount),
                 *(payment.amount_captured, payment.amount_refunded, payment.intent or None, payment.fingerprint),
-                *(msgspec.json.encode(payment.terms).decode(), msgspec.json.encode(payment.progress).decode(), payment.open_work),
+                *((terms, progress) if old else (None, None)),
+                payment.open_work,
+                *((None, None) if old else (terms_text(payment.terms), progress_text(payment.progress))),
             )
             statement = "insert into oncepay.entries values ($1, $2, $3, $4, $5, $6, $7, $8, $9, now())"
             await connection.executemany(statement, [(slot, payment.key, *entry) for entry in self._entries])
@@ -262,16 +267,17 @@ async def whole_feed(world: World, shard: str) -> FeedBatch:
     try:
         lsn = await connection.fetchval("select pg_current_wal_insert_lsn()")
         payments = await connection.fetch(
-            "select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, terms::text,"
-            f" progress::text, {micros.format('created_at')}, {micros.format('updated_at')}, {micros.format('expires_at')}"
+            "select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,"
+            " coalesce(agreed, terms::text), coalesce(course, progress::text),"
+            f" {micros.format('created_at')}, {micros.format('updated_at')}, {micros.format('expires_at')}"
             " from oncepay.payments"
         )
         entries = await connection.fetch(
             "select slot, key, entry_id, kind, currency, source, accounts, amounts, sellers,"
-            f" {micros.format('created_at')} as created_at_us from oncepay.entries"
+            f" {micros.format('created_at')} as created_at_us from oncepay.ledger"
         )
         links = await connection.fetch(
-            f"select slot, key, entry_id, balance_transaction, {micros.format('created_at')} from oncepay.balance_links"
+            f"select slot, key, entry_id, balance_transaction, {micros.format('created_at')} from oncepay.transaction_links"
         )
     finally:
         await connection.close()

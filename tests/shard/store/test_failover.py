@@ -22,7 +22,7 @@ from oncepay.events import AttemptStarted, IntentCreated, IntentSeen
 from oncepay.payment import Charge, IntentView, Payment, Status
 from shard.store.batch import _CALL
 from shard.store.leader import Node
-from shard.store.rows import Put, entry_arrays, put_arrays
+from shard.store.rows import Put, change_arrays, entry_arrays, new_arrays
 from shard.store.store import Shards
 from tests.shard.store.conftest import MakePayment
 from tests.shard.store.trouble import (
@@ -175,7 +175,8 @@ async def test_a_commit_that_a_failover_erases_was_never_acknowledged(cluster: C
         with frozen(senders):
             put = [Put(witness, 0, "test")]
             await session.execute("set synchronous_commit = local")
-            await session.fetch(_CALL, [0], None, "test", "test", *put_arrays(put), *entry_arrays(put), [], [], [], [])
+            arrays = (*new_arrays(put), *change_arrays([]), *entry_arrays([]))
+            await session.fetch(_CALL, [0], None, "test", "test", *arrays, [], [], [], [])
             call = task(store.accept(payment))
             await session.execute("select pg_cancel_backend($1)", (await waiting_commit(session, "test")).pid)
             await shown_soon(session, payment.key)

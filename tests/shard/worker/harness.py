@@ -23,7 +23,7 @@ from oncepay.settings import PostgresSettings, Settings
 from shard.store.batch import _CALL
 from shard.store.leader import Node
 from shard.store.migrate import migrate
-from shard.store.rows import Put, entry_arrays, put_arrays
+from shard.store.rows import Put, change_arrays, entry_arrays, new_arrays
 from shard.worker.feed import Feed
 from shard.worker.forward import Forwarder
 from shard.worker.stream import SLOT
@@ -102,9 +102,9 @@ class ShardDatabase:
 
     async def put(self, *puts: Put) -> None:
         """Commit rows as a router does: one batch with its message."""
-        rows = await self.connection.fetch(
-            _CALL, [0], None, "router-1", "router-1:1", *put_arrays(puts), *entry_arrays(puts), [], [], [], []
-        )
+        new, changes = [put for put in puts if not put.expect], [put for put in puts if put.expect]
+        arrays = (*new_arrays(new), *change_arrays(changes), *entry_arrays(changes))
+        rows = await self.connection.fetch(_CALL, [0], None, "router-1", "router-1:1", *arrays, [], [], [], [])
         assert all(row["outcome"] == "done" for row in rows), [dict(row) for row in rows]
 
     async def accept(self, *keys: str) -> None:

@@ -55,9 +55,9 @@ async def aggregator(postgres_server: PostgresServer, shard: ShardDatabase) -> A
 async def pay(shard: ShardDatabase, *keys: str) -> None:
     """Payments that come and succeed, each with its entry."""
     for key in keys:
-        made = new_payment(key, status=Status.ATTEMPTED, intent=f"pi_{key}")
+        made = new_payment(key)
         await shard.put(Put(made, 0, "accepted"))
-        paid = replace(made, status=Status.SUCCEEDED, version=2, amount_captured=1000)
+        paid = replace(made, status=Status.SUCCEEDED, intent=f"pi_{key}", version=2, amount_captured=1000)
         await shard.put(Put(paid, 1, "seen", (payment_entry("usd", f"ch_{key}", made.terms.shares),)))
 
 
@@ -85,7 +85,7 @@ async def is_the_fold(shard: ShardDatabase, aggregator: RunningAggregator) -> bo
     wanted = fold(
         EntryRow(*(0, 0, 0, *row, 0))  # the day doesn't matter for accounts and kinds
         for row in await shard.connection.fetch(
-            "select key, entry_id, kind, currency, source, accounts, amounts, sellers from oncepay.entries"
+            "select key, entry_id, kind, currency, source, accounts, amounts, sellers from oncepay.ledger"
         )
     )
     accounts = await aggregator.connection.fetch("select account, currency, debit, credit from oncepay.account_totals")

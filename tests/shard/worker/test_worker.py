@@ -25,7 +25,7 @@ from oncepay.etcd import Etcd
 from oncepay.payment import Key, Payment, Status, Terms
 from oncepay.settings import PollSettings, Settings, dump
 from shard.store.batch import _CALL
-from shard.store.rows import Put, entry_arrays, put_arrays
+from shard.store.rows import Put, change_arrays, entry_arrays, new_arrays
 from shard.store.store import Shards
 from shard.worker.lease import Seat
 from tests.etcd_fixture import dying_with_parent
@@ -391,7 +391,8 @@ async def test_what_a_failover_erases_was_never_forwarded(
             process.suspend()
         await session.execute("set synchronous_commit = local")
         put = [Put(erased, 0, "accepted")]
-        await session.fetch(_CALL, [0], None, "test", "test:1", *put_arrays(put), *entry_arrays(put), [], [], [], [])
+        arrays = (*new_arrays(put), *change_arrays([]), *entry_arrays([]))
+        await session.fetch(_CALL, [0], None, "test", "test:1", *arrays, [], [], [], [])
         lsn = await session.fetchval("select pg_current_wal_lsn()")
 
         async def received() -> bool:

@@ -1,0 +1,149 @@
+"""A payment's terms and progress as short JSON arrays, as rows and feeds carry them.
+
+Members are known by their place, what is usual comes last, and what has its default at the end is left out: a third of the
+objects' size. A member is only ever added at the end. Texts that begin with `{` are objects, with their members' names: rows of
+earlier versions, and terms whose shares don't follow from their items.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from oncepay.cart import Item, Share
+from oncepay.payment import Capture, CaptureMethod, Command, Dispute, Failure, GiveUpReason, OnDecline, Progress, Refund, Terms
+
+
+class _Line(msgspec.Struct, array_like=True, frozen=True):
+    seller: str
+    amount: int
+    quantity: int = 1
+    description: str = ""
+
+
+class _Terms(msgspec.Struct, array_like=True, frozen=True):
+    """`fees` are those of the sellers in the order in which they first appear in `items`."""
+
+    items: tuple[_Line, ...]
+    fees: tuple[int, ...]
+    api_version: str
+    payment_method: str = ""
+    on_decline: OnDecline = "retry"
+    capture_method: CaptureMethod = "automatic"
+    metadata: dict[str, str] = {}
+    customer: str = ""
+    off_session: bool = False
+    after: str = ""
+
+
+class _Progress(msgspec.Struct, array_like=True, frozen=True):
+    attempt: int = 0
+    payment_method: str = ""
+    charge: str = ""
+    stripe_fee: int = -1
+    client_secret: str = ""
+    finished_charges: tuple[str, ...] = ()
+    failure: Failure | None = None
+    give_up: GiveUpReason | Literal[""] = ""
+    successor: str = ""
+    next_action_url: str = ""
+    refunds: tuple[Refund, ...] = ()
+    disputes: tuple[Dispute, ...] = ()
+    commands: tuple[Command, ...] = ()
+    capture: Capture | None = None
+    captures: int = 0
+
+
+_encode = msgspec.json.Encoder().encode
+_terms = msgspec.json.Decoder(_Terms).decode
+_terms_object = msgspec.json.Decoder(Terms).decode
+_progress = msgspec.json.Decoder(_Progress).decode
+_progress_object = msgspec.json.Decoder(Progress).decode
+
+_TERMS_DEFAULTS: tuple[Any, ...] = (None, None, None, "", "retry", "automatic", {}, "", False, "")
+_PROGRESS_DEFAULTS: tuple[Any, ...] = (0, "", "", -1, "", (), None, "", "", "", (), (), (), None, 0)
+
+
+def _text(values: list[Any], defaults: tuple[Any, ...]) -> str:
+    count = len(values)
+    while count and values[count - 1] == defaults[count - 1]:
+        count -= 1
+    return _encode(values[:count]).decode()
+
+
+def _line(item: Item) -> tuple[str | int, ...]:
+    if item.description:
+        return item.seller, item.amount, item.quantity, item.description
+    return (item.seller, item.amount) if item.quantity == 1 else (item.seller, item.amount, item.quantity)
+
+
+def _gross(items: tuple[Item, ...]) -> dict[str, int]:
+    gross: dict[str, int] = {}
+    for item in items:
+        gross[item.seller] = gross.get(item.seller, 0) + item.amount * item.quantity
+    return gross
+
+
+def terms_text(terms: Terms) -> str:
+    """The text of `terms`."""
+    gross = _gross(terms.items)
+    if [(share.seller, share.gross) for share in terms.shares] != list(gross.items()):
+        return _encode(terms).decode()
+    values = [
+        [_line(item) for item in terms.items], [share.fee for share in terms.shares], terms.api_version, terms.payment_method,
+        terms.on_decline, terms.capture_method, terms.metadata, terms.customer, terms.off_session, terms.after,
+    ]  # fmt: skip
+    return _text(values, _TERMS_DEFAULTS)
+
+
+def line_start(seller: str) -> str:
+    """How each line of a seller begins in a text of terms, and nothing else does: quotes within texts are escaped."""
+    return "[" + _encode(seller).decode() + ","
+
+
+def parse_terms(text: str) -> Terms:
+    """The terms in a text. Raises msgspec.MsgspecError or ValueError when there are none."""
+    if text.startswith("{"):
+        return _terms_object(text)
+    row = _terms(text)
+    items = tuple(Item(line.seller, line.amount, line.quantity, line.description) for line in row.items)
+    shares = tuple(Share(seller, total, fee) for (seller, total), fee in zip(_gross(items).items(), row.fees, strict=True))
+    return Terms(
+        items, shares, row.api_version, row.capture_method, row.on_decline, row.metadata, row.after, row.payment_method,
+        row.customer, row.off_session,
+    )  # fmt: skip
+
+
+def progress_text(progress: Progress) -> str:
+    """The text of `progress`."""
+    values = [
+        progress.attempt, progress.payment_method, progress.charge, progress.stripe_fee, progress.client_secret,
+        progress.finished_charges, progress.failure, progress.give_up, progress.successor, progress.next_action_url,
+        progress.refunds, progress.disputes, progress.commands, progress.capture, progress.captures,
+    ]  # fmt: skip
+    return _text(values, _PROGRESS_DEFAULTS)
+
+
+def parse_progress(text: str) -> Progress:
+    """The progress in a text. Raises msgspec.MsgspecError when there is none."""
+    if text.startswith("{"):
+        return _progress_object(text)
+    row = _progress(text)
+    return Progress(
+        client_secret=row.client_secret,
+        attempt=row.attempt,
+        payment_method=row.payment_method,
+        charge=row.charge,
+        finished_charges=row.finished_charges,
+        failure=row.failure,
+        give_up=row.give_up,
+        stripe_fee=row.stripe_fee,
+        successor=row.successor,
+        next_action_url=row.next_action_url,
+        capture=row.capture,
+        captures=row.captures,
+        refunds=row.refunds,
+        disputes=row.disputes,
+        commands=row.commands,
+    )

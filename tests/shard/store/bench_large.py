@@ -1,0 +1,263 @@
+"""What a payment costs Postgres on a shard that holds ten thousand payments, and on one that holds ten million.
+
+    python -m tests.shard.store.bench_large [--rows 10000000] [--count 20000] [--rounds 3]
+
+One Postgres, its log on disk, sized as a node of production is (`--shared-buffers`). Payments are accepted, attempted and settled
+in the store's own batches, each with its entry; processor time is that of all of Postgres' processes, its checkpoints included.
+Then `--rows` settled payments are put there by SQL, a checkpoint is made, and the same is measured again. Also what a payment
+takes on disk then. Prints one JSON object; exits with 1 when the large shard costs more than RATIO_MAX times as much, or a
+payment takes more than BYTES_MAX. `python -m loadtest.bench large` calls it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import asyncpg
+import psutil
+from msgspec.structs import replace
+
+from oncepay.cart import Fee, Item, shares_of
+from oncepay.events import AttemptStarted, IntentCreated, IntentSeen
+from oncepay.keys import ISSUED_PREFIX
+from oncepay.ledger import BalanceLink, Entry
+from oncepay.payment import Charge, IntentView, Key, Payment, Status, Terms
+from oncepay.transition import Event, move
+from shard.store.batch import _CALL
+from shard.store.migrate import migrate
+from shard.store.rows import Put, change_arrays, entry_arrays, new_arrays
+from tests.postgres_fixture import PostgresServer
+
+SMALL = 10_000
+BATCH = 64
+BYTES_MAX = 1_200
+RATIO_MAX = 1.1
+LOADERS = 2
+AT_ONCE = 20_000
+TABLES = ("payments", "entries")
+
+GROW = """
+with pattern as (
+    select p.*, row_number() over () as number, count(*) over () as patterns
+    from (select * from oncepay.payments where status = 'succeeded' order by created_at desc limit 64) p
+), made as (
+    select pattern.*, 'ok1_' || translate(encode(substr(sha256(int8send(n)), 1, 24), 'base64'), '+/', '-_') as new_key, n
+    from generate_series($1::bigint, $2::bigint) n join pattern on pattern.number = n % pattern.patterns + 1
+), placed as (
+    select m.*, oncepay.slot_of(new_key) as new_slot, now() - interval '60 days' + n * interval '1 millisecond' as at,
+           to_char(n, 'FM0000000000') || encode(substr(sha256(int8send(-n)), 1, 6), 'hex') as id
+    from made m
+), payments as (
+    insert into oncepay.payments (
+        slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, fingerprint, agreed,
+        course, open_work, disputed, event, actor, created_at, updated_at, expires_at)
+    select new_slot, new_key, status, version, 'buyer-' || n % 1000003, currency, amount, amount_captured, amount_refunded,
+           'pi_3' || id, fingerprint, agreed, replace(course, 'ch_3', 'ch_3' || left(id, 1)), open_work, disputed, event, actor,
+           at, at, at + interval '1 day'
+    from placed
+)
+insert into oncepay.entries (
+    slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at, balance_transaction, fee)
+select new_slot, new_key, e.entry_id, e.kind, e.currency, 'ch_3' || id, e.accounts, e.amounts, e.sellers, at,
+       'txn_3' || id, e.fee
+from placed m join oncepay.entries e on e.slot = m.slot and e.key = m.key
+"""
+
+
+def new_payment(number: int) -> Payment:
+    """Two items of two sellers, as the routers make it."""
+    items = (Item(f"seller-{number % 40}", 1499, 1, "A record"), Item(f"seller-{(number + 7) % 40}", 501 + number % 1000, 2))
+    shares = shares_of(items, {}, Fee(1000))
+    now_ms = int(time.time() * 1000)
+    key = Key(ISSUED_PREFIX + os.urandom(24).hex()[:32])
+    terms = Terms(items, shares, "2026-10-28.endive", payment_method="pm_card_visa", on_decline="fail")
+    amount = sum(share.gross for share in shares)
+    buyer = f"buyer-{int.from_bytes(os.urandom(3)) % 1_000_003}"
+    return Payment(key, Status.CREATED, 1, buyer, "usd", amount, terms, os.urandom(16), now_ms, now_ms, now_ms + 86_400_000)
+
+
+def put_of(payment: Payment, name: str, *events: Event) -> Put:
+    """The change that `events` make."""
+    after, entries, links = payment, tuple[Entry, ...](), tuple[BalanceLink, ...]()
+    for event in events:
+        moved = move(after, event)
+        after, entries, links = moved.payment, entries + moved.entries, links + moved.links
+    return Put(replace(after, version=payment.version + 1), payment.version, name, entries, links)
+
+
+def attempted(payment: Payment, number: int) -> Put:
+    """The intent's id and the first attempt, in one commit."""
+    intent = f"pi_3{number:010d}{os.urandom(6).hex()}"
+    return put_of(
+        payment, "intent created", IntentCreated(intent, f"{intent}_secret_{'x' * 24}"), AttemptStarted(1, "pm_card_visa")
+    )
+
+
+def settled(payment: Payment, number: int) -> Put:
+    """Stripe's answer: paid, with its fee."""
+    fee = payment.amount * 29 // 1000 + 30
+    mark = f"3{number:010d}{os.urandom(6).hex()}"
+    charge = Charge(f"ch_{mark}", "succeeded", f"txn_{mark}", fee, payment.amount - fee, payment.amount, "usd")
+    return put_of(payment, "confirm answered", IntentSeen(IntentView(payment.intent, "succeeded", payment.amount, charge=charge)))
+
+
+async def commit(session: asyncpg.Connection, new: Sequence[Put], changes: Sequence[Put]) -> None:
+    """One batch. Raises RuntimeError when a row of it was refused."""
+    new, changes = (sorted(puts, key=lambda put: (new_arrays([put])[0][0], put.payment.key)) for puts in (new, changes))
+    arrays = (*new_arrays(new), *change_arrays(changes), *entry_arrays(changes))
+    if rows := await session.fetch(_CALL, [0], None, "bench", "bench", *arrays, [], [], [], []):
+        raise RuntimeError(f"refused: {dict(rows[0])}")
+
+
+class Meter:
+    """Processor seconds of Postgres, and bytes of its log, from `begin` on."""
+
+    def __init__(self, server: PostgresServer, session: asyncpg.Connection) -> None:
+        assert server.process is not None
+        self._postmaster = psutil.Process(server.process.pid)
+        self._session = session
+
+    def _processor_s(self) -> float:
+        processes = [self._postmaster, *self._postmaster.children(recursive=True)]
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    async def _log_bytes(self) -> int:
+        return int(await self._session.fetchval("select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"))
+
+    async def begin(self) -> None:
+        self._began = (self._processor_s(), await self._log_bytes(), time.monotonic())
+
+    async def per(self, count: int) -> dict[str, float]:
+        began_cpu_s, began_bytes, began_s = self._began
+        cpu_s, log_bytes = self._processor_s() - began_cpu_s, await self._log_bytes() - began_bytes
+        each = {"cpu_us": cpu_s / count * 1e6, "log_bytes": log_bytes / count, "per_s": count / (time.monotonic() - began_s)}
+        return {name: round(value, 1) for name, value in each.items()}
+
+
+async def round_of(
+    server: PostgresServer, session: asyncpg.Connection, count: int, numbers: itertools.count[int]
+) -> dict[str, Any]:
+    """`count` payments accepted, then settled."""
+    meter = Meter(server, session)
+    rows = [new_payment(number) for number in itertools.islice(numbers, count)]
+    await meter.begin()
+    for batch in _batched(rows):
+        await commit(session, [Put(row, 0, "accepted 0123456789abcdef-1") for row in batch], [])
+    accept = await meter.per(count)
+    first = [attempted(row, number) for row, number in zip(rows, numbers, strict=False)]
+    await meter.begin()
+    for puts in _batched(first):
+        await commit(session, [], puts)
+    last = [settled(put.payment, number) for put, number in zip(first, numbers, strict=False)]
+    for puts in _batched(last):
+        await commit(session, [], puts)
+    return {"accept": accept, "settle": await meter.per(count)}
+
+
+def _batched(rows: Sequence[Any]) -> list[Sequence[Any]]:
+    return [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
+
+
+def medians(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    return {
+        step: {name: statistics.median(each[step][name] for each in rounds) for name in rounds[0][step]} for step in rounds[0]
+    }
+
+
+async def cost(
+    server: PostgresServer, session: asyncpg.Connection, options: Any, numbers: itertools.count[int]
+) -> dict[str, Any]:
+    """Medians over the rounds, the first of which begins right after a checkpoint."""
+    await session.execute("checkpoint")
+    return medians([await round_of(server, session, options.count, numbers) for _ in range(options.rounds)])
+
+
+async def grow(dsn: str, rows: int) -> float:
+    """Put settled payments there, by several sessions; how many seconds it took."""
+    began_s, left = time.monotonic(), iter(range(0, rows, AT_ONCE))
+    done = 0
+
+    async def load() -> None:
+        nonlocal done
+        session = await asyncpg.connect(dsn)
+        await session.execute("set synchronous_commit = off")
+        for first in left:
+            await session.execute(GROW.replace("$1", str(first + 1)).replace("$2", str(min(first + AT_ONCE, rows))))
+            done += AT_ONCE
+            if done % (50 * AT_ONCE) == 0:
+                left_s = (time.monotonic() - began_s) / done * max(0, rows - done)
+                print(f"{done:,} of {rows:,} payments, {left_s:.0f} s left", file=sys.stderr, flush=True)
+        await session.close()
+
+    await asyncio.gather(*(load() for _ in range(LOADERS)))
+    return time.monotonic() - began_s
+
+
+async def on_disk(session: asyncpg.Connection) -> dict[str, Any]:
+    """Bytes of a settled payment, in all and by table and index."""
+    count = int(await session.fetchval("select count(*) from oncepay.payments"))
+    rows = await session.fetch(
+        "select relname as name, pg_table_size(oid) as bytes from pg_class"
+        " where relnamespace = 'oncepay'::regnamespace and relkind in ('r', 'i') order by 2 desc"
+    )
+    each = {row["name"]: round(row["bytes"] / count, 1) for row in rows if row["bytes"] > count / 2}
+    return {"payments": count, "bytes_each": round(sum(row["bytes"] for row in rows) / count, 1), "by_relation": each}
+
+
+async def measure(options: Any) -> dict[str, Any]:
+    parameters = {
+        "shared_buffers": options.shared_buffers, "max_wal_size": "16GB", "checkpoint_timeout": "15min", "max_connections": "20",
+        "autovacuum_naptime": "15s", "maintenance_work_mem": "256MB", "wal_log_hints": "on",
+    }  # fmt: skip
+    with PostgresServer(fsync=True, parameters=parameters) as server:
+        dsn = server.new_database()
+        await migrate(dsn, shard="s0", ranges=[(0, 65_535)], passwords={})
+        session = await asyncpg.connect(dsn, server_settings={
+            "plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off",
+            "jit": "off",
+        })  # fmt: skip
+        numbers = itertools.count(10_000_000_000 - 10 * options.count * options.rounds - 10 * SMALL)
+        for _ in range(SMALL // 2_000):
+            await round_of(server, session, 2_000, numbers)
+        for table in TABLES:
+            await session.execute(f"vacuum (analyze) oncepay.{table}")
+        small = await cost(server, session, options, numbers)
+        disk_small = await on_disk(session)
+        took_s = await grow(dsn, options.rows)
+        for table in TABLES:
+            await session.execute(f"vacuum (analyze) oncepay.{table}")
+        large = await cost(server, session, options, numbers)
+        disk = await on_disk(session)
+        await session.close()
+    ratios = {step: {name: round(large[step][name] / small[step][name], 2) for name in ("cpu_us", "log_bytes")} for step in small}
+    return {
+        "rows_added": options.rows, "rows_added_in_s": round(took_s), "small": small, "large": large, "ratios": ratios,
+        "disk_small": disk_small, "disk": disk, "shared_buffers": options.shared_buffers,
+        "load_average": [round(each, 1) for each in os.getloadavg()],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000, help="settled payments put there by SQL (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=20_000, help="payments a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the medians count (default: %(default)s)")
+    parser.add_argument("--shared-buffers", default="4GB", help="Postgres' own cache (default: %(default)s)")
+    found = asyncio.run(measure(parser.parse_args()))
+    print(json.dumps(found, indent=2))
+    worst = max(found["ratios"][step]["cpu_us"] for step in found["ratios"])
+    if worst > RATIO_MAX or found["disk"]["bytes_each"] > BYTES_MAX:
+        raise SystemExit(f"more than {RATIO_MAX} times the processor time, or more than {BYTES_MAX} bytes")
+
+
+if __name__ == "__main__":
+    main()
