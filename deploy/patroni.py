@@ -48,7 +48,7 @@ class Tuning:
     shared_buffers: str = "256MB"
     """The pages of the indexes that payments touch at random (some 130 bytes for each payment that is there) should fit in."""
     max_wal_size: str = "1GB"
-    """How much log lies between two checkpoints at most: after one, each page goes into the log whole when it is first touched."""
+    """How much log lies between two checkpoints at most: after each, a page goes into the log whole when it is first touched."""
     min_wal_size: str = "64MB"
     max_connections: int = 200
     max_slot_wal_keep_size: str = "2GB"

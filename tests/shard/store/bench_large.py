@@ -28,7 +28,7 @@ from msgspec.structs import replace
 
 from oncepay.cart import Fee, Item, shares_of
 from oncepay.events import AttemptStarted, IntentCreated, IntentSeen
-from oncepay.keys import ISSUED_PREFIX
+from oncepay.keys import ISSUED_PREFIX, slot
 from oncepay.ledger import BalanceLink, Entry
 from oncepay.payment import Charge, IntentView, Key, Payment, Status, Terms
 from oncepay.transition import Event, move
@@ -112,7 +112,7 @@ def settled(payment: Payment, number: int) -> Put:
 
 async def commit(session: asyncpg.Connection, new: Sequence[Put], changes: Sequence[Put]) -> None:
     """One batch. Raises RuntimeError when a row of it was refused."""
-    new, changes = (sorted(puts, key=lambda put: (new_arrays([put])[0][0], put.payment.key)) for puts in (new, changes))
+    new, changes = (sorted(puts, key=lambda put: (slot(put.payment.key), put.payment.key)) for puts in (new, changes))
     arrays = (*new_arrays(new), *change_arrays(changes), *entry_arrays(changes))
     if rows := await session.fetch(_CALL, [0], None, "bench", "bench", *arrays, [], [], [], []):
         raise RuntimeError(f"refused: {dict(rows[0])}")
