@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import asyncpg
+import msgspec
 
 from aggregator.fold import fold
 from oncepay.feed import EntryRow
 from oncepay.ledger import PLATFORM_FEES
+from oncepay.payment_text import parse_terms
 from tests.aggregator.strategies import History
 
 TABLES = (
@@ -100,7 +102,7 @@ def expected(histories: Iterable[History]) -> State:
     terms: dict[str, Any] = {}
     for row in (row for history in histories for row in history.payments):
         if row.terms is not None:
-            terms[row.key] = json.loads(row.terms)
+            terms[row.key] = parse_terms(row.terms)
         if row.key not in payments or payments[row.key].version < row.version:
             payments[row.key] = row
     entries: dict[tuple[str, str], EntryRow] = {(row.key, row.entry_id): row for history in histories for row in history.entries}
@@ -110,7 +112,7 @@ def expected(histories: Iterable[History]) -> State:
         "payments": {
             key: (
                 *(row.slot, row.status, row.version, row.buyer, row.currency, row.amount, row.amount_captured, row.intent),
-                *(terms[key]["items"], sum(share["fee"] for share in terms[key]["shares"]), row.created_at_us),
+                *(list(msgspec.to_builtins(terms[key].items)), terms[key].platform_fee, row.created_at_us),
             )
             for key, row in payments.items()
         },

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 
+import msgspec
 from hypothesis import strategies as st
 
 from oncepay.cart import Fee, Item, Share, shares_of
@@ -22,6 +22,8 @@ from oncepay.ledger import (
     refund_reversed_entry,
     stripe_fee_entry,
 )
+from oncepay.payment import Failure, Progress, Terms
+from oncepay.payment_text import progress_text, terms_text
 
 SELLERS = ["ann", "bob", 'q"uo\\te', "é{}, ", "platform"]
 FIRST_US = 1_790_000_000_000_000
@@ -76,16 +78,12 @@ def payment_row(
     lsn: int, key: str, status: str, version: int, items: list[Item], *, buyer: str = "buyer", currency: str = "usd",
     captured: int = 0, at_us: int = FIRST_US, terms: bool = True, failure: str = "",
 ) -> PaymentRow:  # fmt: skip
-    """A row as a shard's log brings it; without `terms` as when a large value didn't change."""
-    shares = shares_of(items, {}, FEE)
-    text = json.dumps(
-        {
-            "items": [{"seller": item.seller, "amount": item.amount, "quantity": item.quantity} for item in items],
-            "shares": [{"seller": share.seller, "gross": share.gross, "fee": share.fee} for share in shares],
-            "api_version": "v",
-        }
-    )
-    progress = json.dumps({"client_secret": "hush"} | ({"failure": {"code": failure}} if failure else {}))
+    """A row as a shard's log brings it; without `terms` as when a large value didn't change. Half of the keys as in old rows."""
+    agreed = Terms(tuple(items), shares_of(items, {}, FEE), "v")
+    course = Progress(client_secret="hush", failure=Failure(failure) if failure else None)
+    text, progress = terms_text(agreed), progress_text(course)
+    if slot_of(key) % 2:
+        text, progress = msgspec.json.encode(agreed).decode(), msgspec.json.encode(course).decode()
     return PaymentRow(
         lsn, at_us // 1000, slot_of(key), key, status, version, buyer, currency, sum(i.amount * i.quantity for i in items),
         captured, 0, f"pi_{key}" if status != "created" else None, text if terms else None, progress if terms else None,

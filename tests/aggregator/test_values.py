@@ -15,6 +15,7 @@ from aggregator.cursor import Cursor
 from oncepay.cart import Item
 from oncepay.errors import InvalidField
 from oncepay.feed import FeedBatch
+from oncepay.payment_text import parse_terms
 from tests.aggregator.strategies import FIRST_US, payment_row
 
 ITEMS = [Item("ann", 1000)]
@@ -30,7 +31,7 @@ def test_terms_come_from_whichever_row_has_them(versions: tuple[int, int]) -> No
     made = [payment_row(v, "k", "created", v, ITEMS, terms=v == 1, failure="x" if v == 1 else "") for v in versions]
     (latest,) = rows.latest_payments(made)
     assert latest.version == 2
-    assert json.loads(latest.terms or "")["items"] == [{"seller": "ann", "amount": 1000, "quantity": 1}]
+    assert parse_terms(latest.terms or "").items == tuple(ITEMS)
     columns = rows.payment_columns([latest])
     assert (columns[11], json.loads(columns[12][0])) == ([130], {"code": "x"})
 
