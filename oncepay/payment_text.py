@@ -62,6 +62,7 @@ _progress = msgspec.json.Decoder(_Progress).decode
 _progress_object = msgspec.json.Decoder(Progress).decode
 
 _TERMS_DEFAULTS: tuple[Any, ...] = (None, None, None, "", "retry", "automatic", {}, "", False, "")
+_TERMS_MORE = ["automatic", {}, "", False, ""]
 _PROGRESS_DEFAULTS: tuple[Any, ...] = (0, "", "", -1, "", (), None, "", "", "", (), (), (), None, 0)
 
 
@@ -72,12 +73,6 @@ def _text(values: list[Any], defaults: tuple[Any, ...]) -> str:
     return _encode(values[:count]).decode()
 
 
-def _line(item: Item) -> tuple[str | int, ...]:
-    if item.description:
-        return item.seller, item.amount, item.quantity, item.description
-    return (item.seller, item.amount) if item.quantity == 1 else (item.seller, item.amount, item.quantity)
-
-
 def _gross(items: tuple[Item, ...]) -> dict[str, int]:
     gross: dict[str, int] = {}
     for item in items:
@@ -85,16 +80,33 @@ def _gross(items: tuple[Item, ...]) -> dict[str, int]:
     return gross
 
 
+def _fees(terms: Terms) -> list[int] | None:
+    """The fees of the sellers in their order; None when the shares don't follow from the items."""
+    gross = _gross(terms.items)
+    if len(gross) != len(terms.shares):
+        return None
+    fees = []
+    for seller, share in zip(gross, terms.shares, strict=True):
+        if share.seller != seller or share.gross != gross[seller]:
+            return None
+        fees.append(share.fee)
+    return fees
+
+
+def _line(item: Item) -> tuple[str | int, ...]:
+    if item.description:
+        return item.seller, item.amount, item.quantity, item.description
+    return (item.seller, item.amount) if item.quantity == 1 else (item.seller, item.amount, item.quantity)
+
+
 def terms_text(terms: Terms) -> str:
     """The text of `terms`."""
-    gross = _gross(terms.items)
-    if [(share.seller, share.gross) for share in terms.shares] != list(gross.items()):
+    fees = _fees(terms)
+    if fees is None:
         return _encode(terms).decode()
-    values = [
-        [_line(item) for item in terms.items], [share.fee for share in terms.shares], terms.api_version, terms.payment_method,
-        terms.on_decline, terms.capture_method, terms.metadata, terms.customer, terms.off_session, terms.after,
-    ]  # fmt: skip
-    return _text(values, _TERMS_DEFAULTS)
+    values = [[_line(item) for item in terms.items], fees, terms.api_version, terms.payment_method, terms.on_decline]
+    more = [terms.capture_method, terms.metadata, terms.customer, terms.off_session, terms.after]
+    return _text(values + more, _TERMS_DEFAULTS) if more != _TERMS_MORE else _text(values, _TERMS_DEFAULTS)
 
 
 def line_start(seller: str) -> str:

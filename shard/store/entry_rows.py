@@ -21,7 +21,6 @@ from oncepay.ledger import (
     Entry,
     Posting,
     payable,
-    stripe_fee_entry,
 )
 
 FEE = "stripe_fee"
@@ -58,32 +57,37 @@ class Read(NamedTuple):
 
 def packed(entries: Sequence[Entry], links: Sequence[BalanceLink]) -> tuple[list[EntryRow], list[BalanceLink]]:
     """The rows of what one commit books, and the links that are kept by themselves: those of entries that were booked before."""
+    here = {entry.entry_id for entry in entries}
     linked: dict[str, str] = {}
     left: list[BalanceLink] = []
-    here = {entry.entry_id for entry in entries}
     for link in links:
         if link.entry_id in here and link.entry_id not in linked:
             linked[link.entry_id] = link.balance_transaction
         else:
             left.append(link)
-    fees = {(entry.source, entry.currency): entry for entry in entries if _is_plain_fee(entry, linked)}
-    rows, folded = [], set[str]()
-    for entry in entries:
-        transaction = linked.get(entry.entry_id)
-        fee = fees.get((transaction, entry.currency)) if transaction and entry.kind != FEE else None
-        if fee is not None and fee.entry_id not in folded:
-            folded.add(fee.entry_id)
-            rows.append(_row(entry, transaction, fee.postings[0].amount_minor))
-        elif entry.entry_id not in folded:
-            rows.append(_row(entry, transaction, None))
-    return [row for row in rows if row.entry_id not in folded], left
+    fees = {entry.source: entry for entry in entries if entry.kind == FEE and _is_plain_fee(entry, linked)}
+    plain = {fee.entry_id for fee in fees.values()}
+    rows = [_with_fee(entry, linked.get(entry.entry_id), fees) for entry in entries if entry.entry_id not in plain]
+    return rows + [_row(fee, fee.source, None) for fee in fees.values()], left
+
+
+def _with_fee(entry: Entry, transaction: str | None, fees: dict[str, Entry]) -> EntryRow:
+    """The row of `entry`, with the fee of its transaction where that is known too; `fees` keeps the others."""
+    fee = fees.get(transaction) if transaction is not None else None
+    if fee is None or fee.currency != entry.currency:
+        return _row(entry, transaction, None)
+    del fees[fee.source]
+    return _row(entry, transaction, fee.postings[0].amount_minor)
 
 
 def _is_plain_fee(entry: Entry, linked: dict[str, str]) -> bool:
     """Whether an entry is just what a row's `fee` and `balance_transaction` can say."""
     if entry.kind != FEE or linked.get(entry.entry_id) != entry.source:
         return False
-    return entry == stripe_fee_entry(entry.currency, entry.source, entry.postings[0].amount_minor)
+    if len(entry.postings) != 2 or entry.entry_id != f"{FEE}:{entry.source}":
+        return False
+    one, other = entry.postings
+    return (one.account, other.account, one.seller, other.seller) == (STRIPE_FEES, STRIPE_CLEARING, "", "")
 
 
 def _row(entry: Entry, transaction: str | None, fee: int | None) -> EntryRow:

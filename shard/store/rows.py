@@ -45,6 +45,8 @@ def array_literal(values: Sequence[str | int]) -> str:
 
 
 def _quote(value: str) -> str:
+    if value.isalnum():
+        return f'"{value}"'
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
