@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow
-from oncepay.payment_text import parse_progress, parse_terms
+from oncepay.payment_text import failure_in, items_and_fee_in
 
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
@@ -44,15 +44,15 @@ def items_and_fee(terms: str | None) -> tuple[str | None, int | None]:
     """The items (a JSON array of objects) and the platform's fee of a payment's terms."""
     if terms is None:
         return None, None
-    decoded = parse_terms(terms)
-    return msgspec.json.encode(decoded.items).decode(), decoded.platform_fee
+    items, fee = items_and_fee_in(terms)
+    return msgspec.json.encode(items).decode(), fee
 
 
 def failure_of(progress: str | None) -> str | None:
     """The failure (JSON) in a payment's progress; FAILURE_NOT_KNOWN without progress."""
     if progress is None:
         return FAILURE_NOT_KNOWN
-    failure = parse_progress(progress).failure
+    failure = failure_in(progress)
     return None if failure is None else msgspec.json.encode(failure).decode()
 
 

@@ -55,6 +55,36 @@ class _Progress(msgspec.Struct, array_like=True, frozen=True):
     captures: int = 0
 
 
+class _ItemsAndFees(msgspec.Struct, array_like=True, frozen=True):
+    items: tuple[_Line, ...]
+    fees: tuple[int, ...]
+
+
+class _FailureOf(msgspec.Struct, array_like=True, frozen=True):
+    """The failure, with what stands before it."""
+
+    attempt: int = 0
+    payment_method: msgspec.Raw = msgspec.Raw(b'""')
+    charge: msgspec.Raw = msgspec.Raw(b'""')
+    stripe_fee: int = -1
+    client_secret: msgspec.Raw = msgspec.Raw(b'""')
+    finished_charges: msgspec.Raw = msgspec.Raw(b"[]")
+    failure: Failure | None = None
+
+
+class _TermsObject(msgspec.Struct, frozen=True):
+    items: tuple[Item, ...]
+    shares: tuple[Share, ...]
+
+
+class _ProgressObject(msgspec.Struct, frozen=True):
+    failure: Failure | None = None
+
+
+_items_and_fees = msgspec.json.Decoder(_ItemsAndFees).decode
+_items_and_shares = msgspec.json.Decoder(_TermsObject).decode
+_failure = msgspec.json.Decoder(_FailureOf).decode
+_failure_object = msgspec.json.Decoder(_ProgressObject).decode
 _encode = msgspec.json.Encoder().encode
 _terms = msgspec.json.Decoder(_Terms).decode
 _terms_object = msgspec.json.Decoder(Terms).decode
@@ -110,7 +140,7 @@ def terms_text(terms: Terms) -> str:
 
 
 def line_start(seller: str) -> str:
-    """How each line of a seller begins in a text of terms, and nothing else does: quotes within texts are escaped."""
+    """How each line of a seller begins in a text of terms. What doesn't have it has no line of the seller."""
     return "[" + _encode(seller).decode() + ","
 
 
@@ -159,3 +189,17 @@ def parse_progress(text: str) -> Progress:
         disputes=row.disputes,
         commands=row.commands,
     )
+
+
+def items_and_fee_in(text: str) -> tuple[tuple[Item, ...], int]:
+    """The items in a text of terms, and the platform's fee; whatever else a later version says there. Raises as `parse_terms`."""
+    if text.startswith("{"):
+        terms = _items_and_shares(text)
+        return terms.items, sum(share.fee for share in terms.shares)
+    row = _items_and_fees(text)
+    return tuple(Item(line.seller, line.amount, line.quantity, line.description) for line in row.items), sum(row.fees)
+
+
+def failure_in(text: str) -> Failure | None:
+    """The failure in a text of progress, whatever else a later version may say there. Raises as `parse_progress`."""
+    return _failure_object(text).failure if text.startswith("{") else _failure(text).failure

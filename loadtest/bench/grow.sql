@@ -22,7 +22,7 @@ with pattern as (
     insert into oncepay.entries (
         slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at, balance_transaction, fee)
     select oncepay.slot_of(m.new_key), m.new_key, e.entry_id, e.kind, e.currency, e.source, e.accounts, e.amounts, e.sellers, m.at,
-           'txn_3' || substr(encode(sha256(m.new_key::bytea), 'hex'), 1, 23), e.fee
+           case when e.balance_transaction is not null then 'txn_3' || substr(encode(sha256(m.new_key::bytea), 'hex'), 1, 23) end, e.fee
     from made m join oncepay.entries e on e.slot = m.old_slot and e.key = m.old_key
 )
 insert into oncepay.balance_links (slot, key, entry_id, balance_transaction, created_at)

@@ -29,12 +29,17 @@ class Books:
         self.payments: dict[str, Payment] = {}
         self.entries: dict[tuple[str, str], Entry] = {}
         self.links: set[Link] = set()
+        self.doubled: list[tuple[str, str]] = []
+        """What one shard has twice: its key, and what it is."""
         owners = {shard.name: shard for shard in shards}
         for shard in shards:
             for payment in shard.payments:
                 known = self.payments.get(payment.key)
                 if known is None or not owners[known.shard].owns(known.slot):
                     self.payments[payment.key] = payment
+            names, links = Counter(entry.name for entry in shard.entries), Counter(shard.links)
+            self.doubled += [(key, f"entry {entry_id}") for (key, entry_id), count in names.items() if count > 1]
+            self.doubled += [(link.key, f"the link of {link.entry_id}") for link, count in links.items() if count > 1]
             for entry in shard.entries:
                 known_entry = self.entries.get(entry.name)
                 if known_entry is None or not owners[known_entry.shard].owns(known_entry.slot):
@@ -104,6 +109,8 @@ _PLACE = "look at the map, at the moves' records and at both shards before eithe
 
 def check_balanced(books: Books, found: Findings) -> None:
     """Entries sum to zero; what a payment took is what its one entry says, split as agreed."""
+    for key, what in books.doubled:
+        found.differ(5, key, f"{what} is there twice", _ENTRY)
     for entry in books.entries.values():
         if not len(entry.accounts) == len(entry.amounts) == len(entry.sellers) >= 2:
             found.differ(5, entry.key, f"entry {entry.entry_id} has postings of unequal length", _ENTRY)

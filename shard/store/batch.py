@@ -378,7 +378,8 @@ class Batcher:
         asked: dict[str, list[_Operation]] = {"new": [], "put": [], "get": [], "intent": []}
         if rows:
             for operation in batch:
-                asked[operation.kind].append(operation)
+                if operation.slot >= 0 or operation.by_intent:
+                    asked[operation.kind].append(operation)
         for row in rows:
             target = asked[row["kind"]][row["ordinal"] - 1]
             if target.future.done():

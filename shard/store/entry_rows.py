@@ -56,8 +56,13 @@ class Read(NamedTuple):
 
 
 def packed(entries: Sequence[Entry], links: Sequence[BalanceLink]) -> tuple[list[EntryRow], list[BalanceLink]]:
-    """The rows of what one commit books, and the links that are kept by themselves: those of entries that were booked before."""
+    """The rows of what one commit books, and the links that are kept by themselves: those of entries that were booked before.
+
+    Raises ValueError when an entry comes twice.
+    """
     here = {entry.entry_id for entry in entries}
+    if len(here) < len(entries):
+        raise ValueError(f"an entry is booked twice: {[entry.entry_id for entry in entries]}")
     linked: dict[str, str] = {}
     left: list[BalanceLink] = []
     for link in links:

@@ -39,6 +39,11 @@ _LOCK = 0x6F6E6365
 _ONE_BY_ONE = "-- Outside of a transaction"
 
 
+_BROKEN = """
+select c.relname as name from pg_index i join pg_class c on c.oid = i.indexrelid
+where c.relnamespace = 'oncepay'::regnamespace and not i.indisvalid
+"""
+"""What a run that was cut off has left."""
 _DONE = "insert into oncepay_meta.migrations (number, name) values ($1, $2)"
 
 
@@ -79,7 +84,9 @@ async def migrate(dsn: str, *, shard: str, ranges: Sequence[tuple[int, int]], pa
     """
     connection = await asyncpg.connect(dsn)
     try:
-        await connection.execute("select pg_advisory_lock($1)", _LOCK)
+        # Who waits in a statement would be waited for by `create index concurrently` in the run that it waits for.
+        while not await connection.fetchval("select pg_try_advisory_lock($1)", _LOCK):  # noqa: ASYNC110
+            await asyncio.sleep(PAUSE_S)
         await _make_roles(connection, passwords)
         await connection.execute("create schema if not exists oncepay_meta")
         await connection.execute(
@@ -136,6 +143,8 @@ async def _apply(connection: asyncpg.Connection, number: int, name: str, sql: st
 
 async def _run_statements(connection: asyncpg.Connection, sql: str) -> None:
     """Each by itself. These wait for transactions that run, without making others wait behind them; so there is no time limit."""
+    for row in await connection.fetch(_BROKEN):
+        await connection.execute(f"drop index concurrently oncepay.{row['name']}")
     lines = [line for line in sql.splitlines() if not line.startswith("--")]
     for statement in "\n".join(lines).split(";"):
         if statement.strip():

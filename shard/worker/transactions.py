@@ -27,7 +27,7 @@ _ENTRY_COLUMNS = (
     "slot", "key", "entry_id", "kind", "currency", "source", "accounts", "amounts", "sellers", "balance_transaction", "fee",
     "created_at",
 )  # fmt: skip
-_entry_content = itemgetter(*_ENTRY_COLUMNS[2:-1])
+_entry_content = itemgetter(*_ENTRY_COLUMNS[2:-3])
 _LINK_COLUMNS = ("slot", "key", "entry_id", "balance_transaction", "created_at")
 _PAYOUT_COLUMNS = (
     "slot", "key", "seller", "currency", "sequence", "status", "version", "amount", "payee", "ref_code", "run", "created_by",
@@ -128,13 +128,20 @@ def _payment(lsn: int, at_ms: int, row: dict[str, Any]) -> PaymentRow:
 def entry_rows(lsn: int, at_ms: int, row: Mapping[str, Any]) -> list[EntryRow]:
     """The entries in a row of the shard's entries. Raises KeyError for a missing column, or a code of a later version."""
     slot, key, created_at = row["slot"], row["key"], row["created_at"]
-    return [EntryRow(lsn, at_ms, slot, key, *entry, created_at) for entry in entries_of(StoredEntry(*_entry_content(row)))]
+    return [EntryRow(lsn, at_ms, slot, key, *entry, created_at) for entry in entries_of(_stored(row))]
 
 
 def entry_links(lsn: int, at_ms: int, row: Mapping[str, Any]) -> list[LinkRow]:
     """The links in a row of the shard's entries."""
     slot, key, created_at = row["slot"], row["key"], row["created_at"]
-    return [LinkRow(lsn, at_ms, slot, key, *link, created_at) for link in links_of(StoredEntry(*_entry_content(row)))]
+    return [LinkRow(lsn, at_ms, slot, key, *link, created_at) for link in links_of(_stored(row))]
+
+
+def _stored(row: Mapping[str, Any]) -> StoredEntry:
+    """A log that was written before the last two columns were there doesn't have them."""
+    entry_id, kind, currency, source, accounts, amounts, sellers = _entry_content(row)
+    transaction, fee = row.get("balance_transaction"), row.get("fee")
+    return StoredEntry(entry_id, kind, currency, source, accounts, amounts, sellers, transaction, fee)
 
 
 def _link(lsn: int, at_ms: int, row: dict[str, Any]) -> LinkRow:

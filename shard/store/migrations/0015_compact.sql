@@ -22,10 +22,11 @@ alter table oncepay.entries
     add column balance_transaction text,
     add column fee bigint,
     add constraint entries_id_says_all check (source is not null or kind is null and strpos(entry_id, ':') > 1) not valid,
-    add constraint entries_fee_has_transaction check (fee is null or balance_transaction is not null) not valid;
+    add constraint entries_fee_has_transaction
+        check (fee is null or balance_transaction is not null and fee <> 0 and fee > -9223372036854775808) not valid;
 
 create function oncepay.account_of(code text) returns text
-    language sql immutable strict parallel safe
+    language sql immutable parallel safe
     return case left(code, 1)
         when 'C' then 'stripe:clearing'
         when 'P' then 'seller:' || substr(code, 2) || ':payable'
@@ -35,8 +36,22 @@ create function oncepay.account_of(code text) returns text
         when 'X' then 'fx:' || substr(code, 2)
     end;
 create function oncepay.seller_of(code text) returns text
-    language sql immutable strict parallel safe
+    language sql immutable parallel safe
     return case when left(code, 1) in ('P', 'F') then substr(code, 2) else '' end;
+
+create function oncepay.are_codes(accounts text[]) returns boolean language plpgsql immutable strict parallel safe as $$
+declare
+    code text;
+begin
+    foreach code in array accounts loop
+        if code not in ('C', 'E', 'H') and left(code, 1) not in ('P', 'F', 'X') then
+            return false;
+        end if;
+    end loop;
+    return true;
+end $$;
+alter table oncepay.entries
+    add constraint entries_accounts_are_known check (sellers is not null or oncepay.are_codes(accounts)) not valid;
 
 create view oncepay.ledger as
 select slot, key, entry_id,
@@ -65,8 +80,8 @@ select slot, key, 'stripe_fee:' || balance_transaction, balance_transaction, cre
 
 grant select on oncepay.ledger, oncepay.transaction_links
     to oncepay_router, oncepay_worker, oncepay_aggregator, oncepay_operator, oncepay_reader;
-revoke execute on function oncepay.account_of, oncepay.seller_of from public;
-grant execute on function oncepay.account_of, oncepay.seller_of
+revoke execute on function oncepay.account_of, oncepay.seller_of, oncepay.are_codes from public;
+grant execute on function oncepay.account_of, oncepay.seller_of, oncepay.are_codes
     to oncepay_router, oncepay_worker, oncepay_aggregator, oncepay_operator, oncepay_reader;
 
 -- The batch of 0007. New rows and changes come as arrays of their own, so that neither carries the other's columns; moments are
@@ -182,6 +197,13 @@ begin
             from unnest(e_put, e_id, e_kind, e_currency, e_source, e_accounts, e_amounts, e_sellers, e_transaction, e_fee)
                  e (put, id, kind, currency, source, accounts, amounts, sellers, transaction, fee)
             where e.put = any (done);
+            -- A fee that stands by itself came later: then no row of the payment may say it already, which no key can tell.
+            if 'stripe_fee' = any (select split_part(id, ':', 1) from unnest(e_id) id) and exists (
+                select from unnest(e_put, e_id) u (put, id)
+                join oncepay.entries e on e.slot = p_slot[u.put] and e.key = p_key[u.put] and e.fee is not null
+                where u.id = 'stripe_fee:' || e.balance_transaction) then
+                raise exception 'a fee is booked already' using errcode = 'unique_violation', constraint = 'entries_pkey';
+            end if;
         end if;
         if cardinality(l_put) > 0 then
             insert into oncepay.balance_links (slot, key, entry_id, balance_transaction, created_at)
@@ -192,6 +214,12 @@ begin
                 select e.entry_id from oncepay.entries e
                 where l.entry = 'payment' and e.slot = p_slot[l.put] and e.key = p_key[l.put] and e.kind = 'payment') old on true
             where l.put = any (done);
+            if exists (
+                select from unnest(l_put, l_entry, l_transaction) l (put, entry, transaction)
+                join oncepay.entries e on e.slot = p_slot[l.put] and e.key = p_key[l.put] and e.entry_id = l.entry
+                where e.balance_transaction = l.transaction) then
+                raise exception 'a link is there already' using errcode = 'unique_violation', constraint = 'balance_links_pkey';
+            end if;
         end if;
 
         if cardinality(done) < cardinality(p_slot) then
