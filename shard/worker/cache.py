@@ -24,6 +24,8 @@ JITTER = 0.2
 """Looks are spread by this part of their distance, so that what came together doesn't stay together."""
 COARSE_S = 5
 """Looks that are further away than a minute are rounded up to this many seconds: fewer, fuller buckets."""
+TURN_S = 0.1
+"""What changes within so long of each other is looked at first in the same second; then it is spread."""
 PARTS_MAX = 8
 """What is due together is spread over so many moments: the next time each of these parts is."""
 TRIES_MAX = 63
@@ -79,7 +81,6 @@ class PendingCache:
 
     def __init__(self, poll: PollSettings, now: Callable[[], float] = time.time) -> None:
         self._first_s = poll.first_s
-        self._first_jitter_s = poll.first_s * JITTER
         self._max_s = poll.max_s
         self._now = now
         self._entries: dict[bytes, _Bucket] = {}
@@ -87,6 +88,9 @@ class PendingCache:
         self._due: list[int] = []
         self._settled: dict[bytes, int] | None = None
         self._counts = [0] * len(_STATUSES)
+        self._turn_s = self._turn_end_s = self._far_s = 0.0
+        self._first_due = 0
+        self._first: dict[tuple[int, int, int, float], _Bucket] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -117,6 +121,7 @@ class PendingCache:
         self._entries.clear()
         self._buckets.clear()
         self._due.clear()
+        self._turn_end_s = 0.0
         self._counts = [0] * len(_STATUSES)
         self._settled = {}
 
@@ -154,13 +159,13 @@ class PendingCache:
             code = _CODES[status]
             self._counts[code] += 1
             now_s = self._now()
-            due = int(now_s + self._first_s + self._first_jitter_s * random()) + 1
-            far = expires_s - now_s > FAR_S
+            if not self._turn_s <= now_s < self._turn_end_s:
+                self._turn(now_s)
+            far = expires_s > self._far_s
             state = (code, version, 0, expires_s // FAR_GRAIN_S * FAR_GRAIN_S if far else _coarse(expires_s, now_s))
-            buckets = self._buckets.get(due)
-            bucket = buckets.get(state) if buckets is not None else None
+            bucket = self._first.get(state)
             if bucket is None:
-                bucket = self._bucket(due, state)
+                bucket = self._bucket(self._first_due, state)
             bucket.keys.append(packed)
             self._entries[packed] = bucket
         else:
@@ -168,6 +173,13 @@ class PendingCache:
                 del self._entries[packed]
             if settled is not None:
                 settled[packed] = version
+
+    def _turn(self, now_s: float) -> None:
+        """Choose the moment of the first look for what changes from now on, for TURN_S."""
+        due_s = now_s + self._first_s * (1.0 + JITTER * random())
+        self._first_due = _moment(due_s, now_s)
+        self._first = self._at(self._first_due)
+        self._turn_s, self._turn_end_s, self._far_s = now_s, now_s + TURN_S, now_s + FAR_S
 
     def forget(self, key: str) -> None:
         """The payment is another shard's now."""
@@ -193,6 +205,7 @@ class PendingCache:
         now_s = self._now()
         taken: list[Pending] = []
         while self._due and self._due[0] <= now_s and len(taken) < limit:
+            self._turn_end_s = 0.0  # its moment may be this one
             for bucket in self._buckets.pop(heapq.heappop(self._due)).values():
                 status, version, tries, expires_s = _STATUSES[bucket.status], bucket.version, bucket.tries, bucket.expires_s
                 due = unpack_all(self._put_off(bucket, now_s))
@@ -252,14 +265,19 @@ class PendingCache:
 
     def _bucket(self, due: int, state: tuple[int, int, int, float]) -> _Bucket:
         """The bucket of a state (status, version, tries, when it is over) that is looked at at `due`."""
-        buckets = self._buckets.get(due)
-        if buckets is None:
-            buckets = self._buckets[due] = {}
-            heapq.heappush(self._due, due)
+        buckets = self._at(due)
         bucket = buckets.get(state)
         if bucket is None:
             bucket = buckets[state] = _Bucket(due, *state)
         return bucket
+
+    def _at(self, due: int) -> dict[tuple[int, int, int, float], _Bucket]:
+        """The buckets of a moment, by their state."""
+        buckets = self._buckets.get(due)
+        if buckets is None:
+            buckets = self._buckets[due] = {}
+            heapq.heappush(self._due, due)
+        return buckets
 
 
 def _pending(packed: bytes, bucket: _Bucket) -> Pending:

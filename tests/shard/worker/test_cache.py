@@ -225,6 +225,29 @@ def test_like_a_plain_model(changes: list[tuple[str, int, Status, bool]], waits:
     assert {p.key for p in cache.take_due(100)} == pending.keys()
 
 
+STEPS = st.sampled_from("abcd") | st.floats(-2, 8) | st.just(0.05) | st.none()
+
+
+@given(st.lists(STEPS, max_size=60), st.sampled_from([0.0, 0.5, 5.0, 100.0]))
+@settings(max_examples=300)
+def test_none_is_lost_whatever_the_clock_does(steps: list[str | float | None], first_s: float) -> None:
+    """Payments that come and change (by their key) while the clock goes on, or back, and what is due is taken (None)."""
+    clock = Clock()
+    cache = PendingCache(PollSettings(first_s=first_s, max_s=300.0), clock)
+    versions: dict[str, int] = {}
+    for step in steps:
+        if isinstance(step, str):
+            versions[step] = versions.get(step, 0) + 1
+            cache.put(step, "processing", versions[step], True, FAR_S)
+        elif step is None:
+            taken = [p.key for p in cache.take_due(100)]
+            assert len(taken) == len(set(taken))
+        else:
+            clock.now_s += step
+    clock.now_s += 2_000
+    assert sorted((p.key, p.version) for p in cache.take_due(100)) == sorted(versions.items())
+
+
 def test_small(capsys: pytest.CaptureFixture[str]) -> None:
     """Under 150 bytes a pending payment with its key, at several fillings of the dictionary."""
     for count in (44_000, 88_000):
