@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oncepay.feed import PaymentRow
@@ -225,10 +225,11 @@ def test_like_a_plain_model(changes: list[tuple[str, int, Status, bool]], waits:
     assert {p.key for p in cache.take_due(100)} == pending.keys()
 
 
-STEPS = st.sampled_from("abcd") | st.floats(-2, 8) | st.just(0.05) | st.none()
+STEPS = st.sampled_from("abcd") | st.floats(-10, 8) | st.just(0.05) | st.none()
 
 
 @given(st.lists(STEPS, max_size=60), st.sampled_from([0.0, 0.5, 5.0, 100.0]))
+@example(["a", 7.0, None, -6.95, "b"], 5.0)
 @settings(max_examples=300)
 def test_none_is_lost_whatever_the_clock_does(steps: list[str | float | None], first_s: float) -> None:
     """Payments that come and change (by their key) while the clock goes on, or back, and what is due is taken (None)."""
