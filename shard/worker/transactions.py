@@ -193,9 +193,14 @@ _CHANGES = b"IU"
 
 
 def _payment(lsn: int, at_ms: int, values: Values) -> PaymentRow:
-    *head, agreed, terms, course, progress, created_at, updated_at, expires_at, open_work, event, actor = values
-    texts = (agreed or terms, course or progress)
-    return PaymentRow(*(lsn, at_ms, *head, *texts, created_at, updated_at, expires_at, open_work, event, actor))
+    (
+        slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
+        agreed, terms, course, progress, created_at, updated_at, expires_at, open_work, event, actor,
+    ) = values  # fmt: skip
+    return PaymentRow(
+        lsn, at_ms, slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
+        agreed or terms, course or progress, created_at, updated_at, expires_at, open_work, event, actor,
+    )  # fmt: skip
 
 
 def entry_rows(lsn: int, at_ms: int, values: Sequence[Any]) -> list[EntryRow]:
