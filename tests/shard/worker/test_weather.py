@@ -205,14 +205,14 @@ class Sky:
         return json.loads(output)
 
     async def _within_limits(self) -> None:
-        calls = (await self.control("GET", "counts"))["calls"]
-        most = {
-            name: max((count for second, count in seconds.items() if int(second) > self.began_s), default=0)
-            for name, seconds in calls.items()
-            if not name.startswith("GET /_")
-        }
-        print(f"most calls in a second: {most}")
-        assert max(most.values()) <= LIMIT_PER_S, most
+        """No more calls of one kind than the limit, in any two seconds: calls that left evenly may arrive in heaps."""
+        calls: dict[str, dict[str, int]] = (await self.control("GET", "counts"))["calls"]
+        most = {}
+        for name, by_second in calls.items():
+            counts = {int(second): count for second, count in by_second.items() if int(second) > self.began_s}
+            most[name] = max((count + counts.get(second + 1, 0) for second, count in counts.items()), default=0)
+        print(f"most calls in two seconds: {most}")
+        assert max(count for name, count in most.items() if "/_control" not in name) <= 2 * LIMIT_PER_S, most
 
     # Polls, as the workers' logs tell them
 
