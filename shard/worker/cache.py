@@ -1,7 +1,7 @@
 """The pending cache: every payment of the shard with open work, in memory, ordered by when it is looked at next.
 
 Filled once from the table, then kept by the change feed alone. Compact: payments with the same state and the same moment
-of their next look share a bucket, and the issued keys' 36 characters are kept as 25 bytes.
+of their next look share a bucket, and the issued keys' 36 characters are kept as 27 bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import heapq
 import time
 from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import random
 
 import msgspec
@@ -24,7 +24,13 @@ JITTER = 0.2
 """Looks are spread by this part of their distance, so that what came together doesn't stay together."""
 COARSE_S = 5
 """Looks that are further away than a minute are rounded up to this many seconds: fewer, fuller buckets."""
+TURN_S = 0.1
+"""What changes within so long of each other is looked at first in the same second; then it is spread."""
+PARTS_MAX = 8
+"""What is due together is spread over so many moments: the next time each of these parts is."""
 TRIES_MAX = 63
+FAR_S, FAR_GRAIN_S = 21_600, 900
+"""Payments whose time is over later than that are kept with it to a quarter of an hour."""
 
 _STATUSES = tuple(Status)
 _CODES: dict[str, int] = {status.value: code for code, status in enumerate(_STATUSES)}
@@ -33,14 +39,15 @@ _PATIENT_CODES = frozenset(_CODES[status.value] for status in (*WAITING, Status.
 
 _TO_URL = bytes.maketrans(b"+/", b"-_")
 _FROM_URL = bytes.maketrans(b"-_+/=", b"+/!!!")
-_PREFIX = ISSUED_PREFIX.encode()
-_PREFIX_LENGTH = len(_PREFIX)
-_PACKED_BYTES = (ISSUED_CHARACTERS - _PREFIX_LENGTH) * 3 // 4
-_PACKED = 0
-"""The first byte of a packed key; no key begins with it otherwise."""
+_PACKED_BYTES = ISSUED_CHARACTERS * 3 // 4
+_PACKED = a2b_base64(ISSUED_PREFIX.encode().translate(_FROM_URL))
+"""What every packed key begins with: the prefix is base64 too. No text in UTF-8 begins so."""
+_PREFIX_LENGTH = len(ISSUED_PREFIX)
+assert _PREFIX_LENGTH % 4 == 0
+assert 0x80 <= _PACKED[0] < 0xC0
 
 
-class Pending(msgspec.Struct, frozen=True):
+class Pending(msgspec.Struct, frozen=True, gc=False):
     """A payment with open work. `tries`: looks since its last change. `expires_s` is rounded down, so "maybe past"."""
 
     key: Key
@@ -55,12 +62,12 @@ class _Bucket:
 
     __slots__ = ("due_s", "expires_s", "keys", "status", "tries", "version")
 
-    def __init__(self, due_s: int, status: int, version: int, tries: int, expires_s: int) -> None:
+    def __init__(self, due_s: int, status: int, version: int, tries: int, expires_s: float) -> None:
         self.due_s = due_s
         self.status = status
         self.version = version
         self.tries = tries
-        self.expires_s = expires_s
+        self.expires_s = int(expires_s)
         self.keys: list[bytes] = []
 
 
@@ -77,10 +84,13 @@ class PendingCache:
         self._max_s = poll.max_s
         self._now = now
         self._entries: dict[bytes, _Bucket] = {}
-        self._buckets: dict[int, dict[tuple[int, int, int, int], _Bucket]] = {}
+        self._buckets: dict[int, dict[tuple[int, int, int, float], _Bucket]] = {}
         self._due: list[int] = []
         self._settled: dict[bytes, int] | None = None
         self._counts = [0] * len(_STATUSES)
+        self._turn_s = self._turn_end_s = self._far_s = 0.0
+        self._first_due = 0
+        self._first: dict[tuple[int, int, int, float], _Bucket] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -111,6 +121,7 @@ class PendingCache:
         self._entries.clear()
         self._buckets.clear()
         self._due.clear()
+        self._turn_end_s = 0.0
         self._counts = [0] * len(_STATUSES)
         self._settled = {}
 
@@ -148,14 +159,27 @@ class PendingCache:
             code = _CODES[status]
             self._counts[code] += 1
             now_s = self._now()
-            due_s = now_s + self._first_s * (1.0 + JITTER * random())
-            left_s = expires_s - now_s
-            self._place(packed, due_s, now_s, code, version, 0, _coarse(expires_s, left_s))
+            if not self._turn_s <= now_s < self._turn_end_s:
+                self._turn(now_s)
+            far = expires_s > self._far_s
+            state = (code, version, 0, expires_s // FAR_GRAIN_S * FAR_GRAIN_S if far else _coarse(expires_s, now_s))
+            bucket = self._first.get(state)
+            if bucket is None:
+                bucket = self._bucket(self._first_due, state)
+            bucket.keys.append(packed)
+            self._entries[packed] = bucket
         else:
             if before is not None:
                 del self._entries[packed]
             if settled is not None:
                 settled[packed] = version
+
+    def _turn(self, now_s: float) -> None:
+        """Choose the moment of the first look for what changes from now on, for TURN_S."""
+        due_s = now_s + self._first_s * (1.0 + JITTER * random())
+        self._first_due = _moment(due_s, now_s)
+        self._first = self._at(self._first_due)
+        self._turn_s, self._turn_end_s, self._far_s = now_s, now_s + TURN_S, now_s + FAR_S
 
     def forget(self, key: str) -> None:
         """The payment is another shard's now."""
@@ -181,19 +205,31 @@ class PendingCache:
         now_s = self._now()
         taken: list[Pending] = []
         while self._due and self._due[0] <= now_s and len(taken) < limit:
+            self._turn_end_s = 0.0  # its moment may be this one
             for bucket in self._buckets.pop(heapq.heappop(self._due)).values():
-                for packed in bucket.keys:
-                    if self._entries.get(packed) is bucket:  # else it changed or settled since
-                        taken.append(_pending(packed, bucket))
-                        self._put_off(packed, bucket, now_s)
+                status, version, tries, expires_s = _STATUSES[bucket.status], bucket.version, bucket.tries, bucket.expires_s
+                due = unpack_all(self._put_off(bucket, now_s))
+                taken += [Pending(key, status, version, tries, expires_s) for key in due]
         return taken
 
-    def _put_off(self, packed: bytes, bucket: _Bucket, now_s: float) -> None:
+    def _put_off(self, bucket: _Bucket, now_s: float) -> list[bytes]:
+        """Spread what is left of a bucket over those of its next look, and return it: the others changed or settled since."""
+        entries = self._entries
+        known = entries.get
+        due = [packed for packed in dict.fromkeys(bucket.keys) if known(packed) is bucket]  # one that left may have come back
         tries = min(bucket.tries + 1, TRIES_MAX)
-        due_s = now_s + self.distance_s(_STATUSES[bucket.status], tries) * (1.0 - JITTER + 2 * JITTER * random())
-        if now_s < bucket.expires_s < due_s:
-            due_s = bucket.expires_s
-        self._place(packed, due_s, now_s, bucket.status, bucket.version, tries, bucket.expires_s)
+        distance_s = self.distance_s(_STATUSES[bucket.status], tries)
+        first_s, spread_s = now_s + distance_s * (1.0 - JITTER), distance_s * 2 * JITTER
+        last_s = bucket.expires_s if now_s < bucket.expires_s else first_s + spread_s
+        state = (bucket.status, bucket.version, tries, bucket.expires_s)
+        parts = min(len(due), PARTS_MAX)
+        for part in range(parts):
+            due_s = first_s + spread_s * (part + random()) / parts
+            target = self._bucket(_moment(min(due_s, last_s), now_s), state)
+            mine = due[part::parts]
+            target.keys += mine
+            entries.update(dict.fromkeys(mine, target))
+        return due
 
     def distance_s(self, status: Status, tries: int) -> float:
         """Seconds between looks: doubled with each, up to the maximum; where people have the next move the maximum."""
@@ -207,7 +243,7 @@ class PendingCache:
         bucket = self._entries.get(packed)
         now_s = self._now()
         if bucket is not None and expires_s > now_s:
-            rounded_s = _coarse(expires_s, expires_s - now_s)
+            rounded_s = _coarse(expires_s, now_s)
             due_s = min(bucket.due_s, rounded_s)
             self._place(packed, due_s, now_s, bucket.status, bucket.version, bucket.tries, rounded_s)
 
@@ -221,46 +257,69 @@ class PendingCache:
         self._place(packed, now_s, now_s, bucket.status, bucket.version, bucket.tries, bucket.expires_s)
         return True
 
-    def _place(self, packed: bytes, due_s: float, now_s: float, status: int, version: int, tries: int, expires_s: int) -> None:
+    def _place(self, packed: bytes, due_s: float, now_s: float, status: int, version: int, tries: int, expires_s: float) -> None:
         """Put a payment into the bucket of its state and of the first moment not before `due_s`."""
-        due = int(due_s) + 1 if due_s - now_s < 60 else (int(due_s) // COARSE_S + 1) * COARSE_S
+        bucket = self._bucket(_moment(due_s, now_s), (status, version, tries, expires_s))
+        bucket.keys.append(packed)
+        self._entries[packed] = bucket
+
+    def _bucket(self, due: int, state: tuple[int, int, int, float]) -> _Bucket:
+        """The bucket of a state (status, version, tries, when it is over) that is looked at at `due`."""
+        buckets = self._at(due)
+        bucket = buckets.get(state)
+        if bucket is None:
+            bucket = buckets[state] = _Bucket(due, *state)
+        return bucket
+
+    def _at(self, due: int) -> dict[tuple[int, int, int, float], _Bucket]:
+        """The buckets of a moment, by their state."""
         buckets = self._buckets.get(due)
         if buckets is None:
             buckets = self._buckets[due] = {}
             heapq.heappush(self._due, due)
-        state = (status, version, tries, expires_s)
-        bucket = buckets.get(state)
-        if bucket is None:
-            bucket = buckets[state] = _Bucket(due, status, version, tries, expires_s)
-        bucket.keys.append(packed)
-        self._entries[packed] = bucket
+        return buckets
 
 
 def _pending(packed: bytes, bucket: _Bucket) -> Pending:
     return Pending(unpack(packed), _STATUSES[bucket.status], bucket.version, bucket.tries, bucket.expires_s)
 
 
-def _coarse(expires_s: float, left_s: float) -> int:
+def _moment(due_s: float, now_s: float) -> int:
+    """The first moment not before `due_s` for which there are buckets."""
+    return int(due_s) + 1 if due_s - now_s < 60 else (int(due_s) // COARSE_S + 1) * COARSE_S
+
+
+def _coarse(expires_s: float, now_s: float) -> float:
     """Rounded down, the more the further it is away: at most a second, a minute, a quarter of an hour too early."""
-    grain_s = 900 if left_s > 21_600 else 60 if left_s > 600 else 1
-    return int(expires_s) // grain_s * grain_s
+    left_s = expires_s - now_s
+    grain_s = FAR_GRAIN_S if left_s > FAR_S else 60 if left_s > 600 else 1
+    return expires_s // grain_s * grain_s
 
 
 def pack(key: str) -> bytes:
     """The key in fewer bytes, where it is one that the platform issued; `unpack` gives it back exactly."""
     raw = key.encode()
-    if len(raw) == ISSUED_CHARACTERS and raw[:_PREFIX_LENGTH] == _PREFIX:
+    if len(raw) == ISSUED_CHARACTERS and key[:_PREFIX_LENGTH] == ISSUED_PREFIX:
         try:
-            packed = a2b_base64(raw[_PREFIX_LENGTH:].translate(_FROM_URL))
+            packed = a2b_base64(raw.translate(_FROM_URL))
         except Base64Error:
             return raw
         if len(packed) == _PACKED_BYTES:  # else some characters were no base64, and left out
-            return b"\0" + packed
+            return packed
     return raw
 
 
 def unpack(packed: bytes) -> Key:
     """The key that `pack` was given."""
-    if packed[0] == _PACKED:
-        return Key(ISSUED_PREFIX + b2a_base64(packed[1:], newline=False).translate(_TO_URL).decode())
+    if packed[0] == _PACKED[0]:
+        return Key(b2a_base64(packed, newline=False).translate(_TO_URL).decode())
     return Key(packed.decode())
+
+
+def unpack_all(packed: Sequence[bytes]) -> list[Key]:
+    """The keys that `pack` was given, in their order."""
+    joined = b"".join(packed)
+    if joined[::_PACKED_BYTES] != _PACKED[:1] * len(packed):  # the first one that isn't packed begins with something else
+        return [unpack(one) for one in packed]
+    text = b2a_base64(joined, newline=False).translate(_TO_URL).decode()
+    return [text[at : at + ISSUED_CHARACTERS] for at in range(0, len(text), ISSUED_CHARACTERS)]  # type: ignore[misc]

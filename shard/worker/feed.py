@@ -18,6 +18,7 @@ from oncepay.logs import get_logger
 from oncepay.settings import Settings
 from shard.store.batch import HURRY
 from shard.worker import metrics
+from shard.worker.ahead import AHEAD_BYTES, look_ahead
 from shard.worker.errors import FeedDown, FeedHalted, StandDown, WrongNode
 from shard.worker.forward import Forwarder, lag_s
 from shard.worker.pgoutput import MalformedMessage
@@ -147,6 +148,7 @@ class Feed:
         self._sieve.connected(stream.timeline)
         self._forwarder.connected(stream)
         self._stream = stream
+        await self._look_ahead(stream)
         self._set_problem(None)
         metrics.CONNECTS.labels(self._shard, "open").inc()
         if self._leaders.current(self._shard) not in (None, stream.node):
@@ -174,6 +176,18 @@ class Feed:
             if error is not None:
                 raise error
         return None
+
+    async def _look_ahead(self, stream: Stream) -> None:
+        """Make a large backlog certain before it is read. Without that all is read once more, and nothing else changes."""
+        if stream.log_end_lsn - max(stream.start_lsn, self._sieve.certain_lsn) < AHEAD_BYTES:
+            return
+        try:
+            found = await look_ahead(stream.node, self._settings, self._name, self._epoch, self._barrier)
+        except BaseException:
+            stream.connection.close()
+            raise
+        if found is not None and found.timeline == stream.timeline:
+            self._sieve.proved(found.lsn)
 
     async def _leave_a_closing_node(self) -> None:
         """Return when the barrier's session has ended.

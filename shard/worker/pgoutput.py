@@ -8,11 +8,12 @@ toasted value is unchanged is absent from the dict; a null is None.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 
 from oncepay.errors import OncepayError
+from shard.worker.rows import Kind, Read, reader
 
 Value = str | int | bool | bytes | None | list[str | None] | list[int | None]
 Row = dict[str, Value]
@@ -225,6 +226,20 @@ class _Table:
             )
             for c in relation.columns
         ]
+
+
+_KINDS: dict[int, Kind] = {
+    **{oid: Kind(decode=decode) for oid, decode in _DECODERS.items() if decode is not _text},
+    _BOOL: Kind("?"), _INT2: Kind("h"), _INT4: Kind("i"), _INT8: Kind("q"), _TIMESTAMPTZ: Kind("q", EPOCH_US),
+    **{oid: Kind() for oid, decode in _DECODERS.items() if decode is _text},
+}  # fmt: skip
+_OTHER = Kind(decode=bytes)
+
+
+def reader_of(relation: Relation, wanted: Sequence[str], optional: Collection[str]) -> Read | None:
+    """Code that reads the table's usual rows, as the decoder would; None when it hasn't all the columns."""
+    columns = [(column.name, _KINDS.get(column.type_oid, _OTHER)) for column in relation.columns]
+    return reader(columns, wanted, optional)
 
 
 class Decoder:

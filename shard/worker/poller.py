@@ -185,7 +185,8 @@ class Poller:
         metrics.POLLS.labels(self._shard, how, outcome).inc()
         log = _log.warning if error else _log.debug if outcome == "unchanged" else _log.info
         problem = {"error": str(error)} if error else {}
-        log("polled", key=pending.key, status=pending.status, tries=pending.tries, how=how, outcome=outcome, **problem)
+        known = {"key": pending.key, "status": pending.status, "version": pending.version, "tries": pending.tries}
+        log("polled", **known, how=how, outcome=outcome, **problem)
 
 
 def _may_be_over(pending: Pending, now_s: float) -> bool:

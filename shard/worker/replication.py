@@ -27,6 +27,11 @@ SILENT_S = 15.0
 WAITING_BYTES_MAX = 1 << 20
 """Undelivered payload beyond which reading from the socket pauses: the server then waits for us."""
 FRAME_BYTES_MAX = 256 << 20
+BUSY_S = 0.001
+"""A server that sends again so soon sends every message by itself: its messages are then left to gather for"""
+GATHER_S = 0.003
+"""so long, unless so many bytes come at once anyway:"""
+GATHERED_BYTES = 64 << 10
 
 _POSTGRES_EPOCH_S = 946_684_800
 _HEAD = struct.Struct(">BI")
@@ -68,10 +73,13 @@ class ReplicationConnection(asyncio.Protocol):
         self.confirmed_lsn = 0
         self._session = session  # kept: it owns the authenticated connection
         self._transport = transport
-        self._buffer = bytearray()
+        self._parts: list[bytes] = []
+        self._parts_bytes = 0
+        self._needed_bytes = _HEAD.size
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._paused = False
+        self._gathering: asyncio.TimerHandle | None = None
         self._streaming = False
         self._arrived = asyncio.Event()
         self._heard_at = time.monotonic()
@@ -149,8 +157,8 @@ class ReplicationConnection(asyncio.Protocol):
         payloads, self._waiting, self._waiting_bytes = self._waiting, [], 0
         if self._paused and not self.closed:
             self._paused = False
-            self._transport.resume_reading()
             self._heard_at = time.monotonic()
+            self._go_on()
         return payloads
 
     def confirm(self, lsn: int) -> None:
@@ -168,48 +176,87 @@ class ReplicationConnection(asyncio.Protocol):
     # asyncio.Protocol
 
     def data_received(self, data: bytes) -> None:
-        self._heard_at = time.monotonic()
-        self._buffer += data
-        buffer, offset, size = self._buffer, 0, len(self._buffer)
+        before_at, self._heard_at = self._heard_at, time.monotonic()
+        self._parts.append(data)
+        self._parts_bytes += len(data)
+        if self._parts_bytes < self._needed_bytes:
+            return
+        whole = data if len(self._parts) == 1 else b"".join(self._parts)
         try:
-            while size - offset >= 5:
-                kind, length = _HEAD.unpack_from(buffer, offset)
-                if not 4 <= length <= FRAME_BYTES_MAX:
-                    raise ReplicationClosed(f"a frame of {length} bytes")
-                end = offset + 1 + length
-                if end > size:
-                    break
-                self._frame(kind, buffer, offset + 5, end)
-                offset = end
+            offset = self._frames(whole)
         except (struct.error, ValueError, IndexError, ReplicationClosed) as error:
             closed = error if isinstance(error, ReplicationClosed) else ReplicationClosed(f"a bad frame: {error!r}")
             self._end(closed)
             self._transport.abort()
-        del buffer[:offset]
-        if self._waiting_bytes > WAITING_BYTES_MAX and not self._paused:
+            return
+        self._parts = [whole[offset:]] if offset < len(whole) else []
+        self._parts_bytes = len(whole) - offset
+        if self._waiting:
+            self._arrived.set()
+        if self._waiting_bytes > WAITING_BYTES_MAX:
+            self._pause()
             self._paused = True
+        elif self._streaming and len(data) < GATHERED_BYTES and self._heard_at - before_at < BUSY_S:
+            self._gather()
+
+    def _frames(self, data: bytes) -> int:
+        """Take all whole frames, and note how many bytes the next one needs. Returns where it begins."""
+        offset, size, last = 0, len(data), -1
+        waiting, unpack = self._waiting, _HEAD.unpack_from
+        while size - offset >= 5:
+            kind, length = unpack(data, offset)
+            if not 4 <= length <= FRAME_BYTES_MAX:
+                raise ReplicationClosed(f"a frame of {length} bytes")
+            end = offset + 1 + length
+            if end > size:
+                self._needed_bytes = 1 + length
+                break
+            if kind == _COPY_DATA and length > _WAL_HEAD and data[offset + 5] == _WAL:
+                waiting.append(data[offset + 30 : end])
+                self._waiting_bytes += length
+                last = offset
+            else:
+                self._frame(kind, data[offset + 5 : end])
+            offset = end
+        else:
+            self._needed_bytes = _HEAD.size
+        if last >= 0:
+            self.server_lsn = _XLOG.unpack_from(data, last + 6)[1]
+        return offset
+
+    def _pause(self) -> None:
+        if not self._paused and self._gathering is None:
             self._transport.pause_reading()
+
+    def _go_on(self) -> None:
+        if not self._paused and self._gathering is None and not self.closed:
+            self._transport.resume_reading()
+
+    def _gather(self) -> None:
+        """Don't wake for every message of a server that sends one after the other."""
+        self._pause()
+        if self._gathering is None:
+            self._gathering = asyncio.get_running_loop().call_later(GATHER_S, self._gathered)
+
+    def _gathered(self) -> None:
+        self._gathering = None
+        self._go_on()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end(ReplicationClosed(f"connection lost: {error!r}" if error else "the server closed the connection"))
         self._session._protocol.connection_lost(error)  # so that asyncpg knows it too
 
-    def _frame(self, kind: int, buffer: bytearray, start: int, end: int) -> None:
+    def _frame(self, kind: int, data: bytes) -> None:
+        """One frame that isn't a message of the plugin."""
         if kind == _COPY_DATA:
-            if buffer[start] == _WAL:
-                _, self.server_lsn, _ = _XLOG.unpack_from(buffer, start + 1)
-                payload = bytes(memoryview(buffer)[start + 25 : end])
-                self._waiting.append(payload)
-                self._waiting_bytes += len(payload) + 64
-                self._arrived.set()
-            elif buffer[start] == _ALIVE:
-                self.server_lsn, _, wants_reply = _KEEPALIVE.unpack_from(buffer, start + 1)
+            if data[:1] == b"k":
+                self.server_lsn, _, wants_reply = _KEEPALIVE.unpack_from(data, 1)
                 if wants_reply:
                     self._feedback()
         else:
             handler = _HANDLERS.get(kind)
             if handler is not None:
-                handler(self, bytes(memoryview(buffer)[start:end]))
+                handler(self, data)
 
     def _copy_both(self, data: bytes) -> None:
         self._streaming = True
@@ -277,7 +324,9 @@ class ReplicationConnection(asyncio.Protocol):
             self._arrived.set()
 
 
-_COPY_DATA, _WAL, _ALIVE = b"dwk"
+_COPY_DATA, _WAL = b"dw"
+_WAL_HEAD = 4 + 1 + _XLOG.size
+"""Length, kind and positions before a message of the plugin: 29 bytes, after the frame's own kind."""
 _HANDLERS: dict[int, Callable[[ReplicationConnection, bytes], None]] = {
     ord("W"): ReplicationConnection._copy_both,
     ord("D"): ReplicationConnection._data_row,

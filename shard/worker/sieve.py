@@ -45,6 +45,13 @@ class Sieve:
         self.dropped = False
         self._nonce = ""
 
+    def proved(self, lsn: int) -> None:
+        """Another stream, of this connection's node and timeline, has shown a barrier that ends at `lsn`, and its commit was
+        acknowledged with evidence. Only before anything of this connection was added."""
+        assert not self._held
+        if lsn > self.certain_lsn:
+            self.certain_lsn, self.certain_timeline = lsn, self._timeline
+
     @property
     def waits(self) -> bool:
         """Whether a barrier was begun and is not certain yet."""

@@ -22,10 +22,8 @@ TERMINATE_MS = 3_000
 
 _log = get_logger("stream")
 
-_START = (
-    f'START_REPLICATION SLOT "{SLOT}" LOGICAL 0/0'
-    f" (proto_version '1', publication_names '{PUBLICATION}', binary 'true', messages 'true', origin 'none')"
-)
+OPTIONS = f"(proto_version '1', publication_names '{PUBLICATION}', binary 'true', messages 'true', origin 'none')"
+_START = f'START_REPLICATION SLOT "{SLOT}" LOGICAL 0/0 {OPTIONS}'
 _STATE = f"""
     select pg_is_in_recovery(), i.incarnation, w.epoch, s.confirmed_flush_lsn, s.active_pid, s.wal_status
     from oncepay.identity i

@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from operator import itemgetter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
 from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow
 from shard.store.entry_rows import EntryRow as StoredEntry
 from shard.store.entry_rows import entries_of, links_of
-from shard.worker.pgoutput import Begin, Commit, Decoder, Insert, MalformedMessage, Message, Row, Update
+from shard.worker.pgoutput import Begin, Commit, Decoder, Insert, MalformedMessage, Message, Relation, Update, reader_of
+from shard.worker.rows import UNUSUAL, Read
 
 MESSAGE_PREFIX = "oncepay"
 ROW_BYTES = 200
 """What a row costs in memory beside its text, about."""
 
-_PAYMENT_COLUMNS = (
-    "slot", "key", "status", "version", "buyer", "currency", "amount", "amount_captured", "amount_refunded", "intent",
-)  # fmt: skip
-_MOMENTS = ("created_at", "updated_at", "expires_at")
-_payment_head = itemgetter(*_PAYMENT_COLUMNS)
-_payment_tail = itemgetter(*_MOMENTS, "open_work", "event", "actor")
-_ENTRY_COLUMNS = (
-    "slot", "key", "entry_id", "kind", "currency", "source", "accounts", "amounts", "sellers", "balance_transaction", "fee",
-    "created_at",
-)  # fmt: skip
-_entry_content = itemgetter(*_ENTRY_COLUMNS[2:-3])
-_LINK_COLUMNS = ("slot", "key", "entry_id", "balance_transaction", "created_at")
-_PAYOUT_COLUMNS = (
-    "slot", "key", "seller", "currency", "sequence", "status", "version", "amount", "payee", "ref_code", "run", "created_by",
-)  # fmt: skip
+
+class Columns(NamedTuple):
+    """What the feed takes of a table, in the order in which `_payment` and its like get it.
+
+    `optional` ones are None where they are null, where the log doesn't repeat a large value that didn't change, and in a log
+    from before the table had them.
+    """
+
+    names: tuple[str, ...]
+    optional: frozenset[str] = frozenset()
+
+
 PAYMENTS, ENTRIES, LINKS = "oncepay.payments", "oncepay.entries", "oncepay.balance_links"
 PAYOUTS = "oncepay.payouts"
-WANTED = {
-    PAYMENTS: frozenset((*_PAYMENT_COLUMNS, "agreed", "course", "terms", "progress", "open_work", "event", "actor", *_MOMENTS)),
-    ENTRIES: frozenset(_ENTRY_COLUMNS),
-    LINKS: frozenset(_LINK_COLUMNS),
-    PAYOUTS: frozenset((*_PAYOUT_COLUMNS, "positions", "progress", "open_work", "created_at", "updated_at")),
-}
+COLUMNS = {
+    PAYMENTS: Columns(
+        (
+            "slot", "key", "status", "version", "buyer", "currency", "amount", "amount_captured", "amount_refunded", "intent",
+            "agreed", "terms", "course", "progress", "created_at", "updated_at", "expires_at", "open_work", "event", "actor",
+        ),
+        frozenset({"agreed", "terms", "course", "progress"}),
+    ),
+    ENTRIES: Columns(
+        (
+            "slot", "key", "entry_id", "kind", "currency", "source", "accounts", "amounts", "sellers", "balance_transaction",
+            "fee", "created_at",
+        ),
+        frozenset({"balance_transaction", "fee"}),
+    ),
+    LINKS: Columns(("slot", "key", "entry_id", "balance_transaction", "created_at")),
+    PAYOUTS: Columns(
+        (
+            "slot", "key", "seller", "currency", "sequence", "status", "version", "amount", "payee", "ref_code", "run",
+            "created_by", "positions", "progress", "open_work", "created_at", "updated_at",
+        ),
+        frozenset({"positions", "progress"}),
+    ),
+}  # fmt: skip
+WANTED = {table: frozenset(columns.names) for table, columns in COLUMNS.items()}
+
+Values = tuple[Any, ...]
 
 
 class Transaction(msgspec.Struct):
@@ -60,41 +78,92 @@ class Transaction(msgspec.Struct):
         return len(self.payments) + len(self.entries) + len(self.links) + len(self.payouts)
 
 
+class _Table:
+    """A table of the feed as this connection described it, and its rows in the transaction that is being read."""
+
+    __slots__ = ("columns", "read", "rows")
+
+    def __init__(self, columns: Columns, read: Read | None, rows: list[Values]) -> None:
+        self.columns = columns
+        self.read = read
+        self.rows = rows
+
+    def usual(self, payload: bytes) -> Values | None:
+        """A change's values, unless it has to be decoded in the general way."""
+        try:
+            return self.read(payload) if self.read is not None else None
+        except UNUSUAL:
+            return None
+
+    def values(self, row: dict[str, Any]) -> Values:
+        """The same from a decoded row. Raises MalformedMessage when it lacks a column."""
+        optional = self.columns.optional
+        try:
+            return tuple(row.get(name) if name in optional else row[name] for name in self.columns.names)
+        except KeyError as error:
+            raise MalformedMessage(f"a row lacks a column that the feed needs: {error!r}") from error
+
+
 class Assembler:
     """Takes the messages of one replication connection, gives back a transaction at each commit."""
 
     def __init__(self) -> None:
         self._decoder = Decoder(WANTED)
         self._began: Begin | None = None
-        self._rows: dict[str, list[Row]] = {PAYMENTS: [], ENTRIES: [], LINKS: [], PAYOUTS: []}
+        self._rows: dict[str, list[Values]] = {table: [] for table in COLUMNS}
+        self._tables: dict[bytes, _Table] = {}
+        """By the table's oid as it stands in a message."""
         self._nonces: list[str] = []
         self._size_bytes = 0
 
     def feed(self, payload: bytes) -> Transaction | None:
         """One message. Raises MalformedMessage when it can't be decoded or doesn't belong here."""
-        message = self._decoder.decode(payload)
-        kind = type(message)
-        if kind is Insert or kind is Update:
-            rows = self._rows.get(message.table)  # type: ignore[union-attr]
-            if rows is not None:
-                if self._began is None:
-                    raise MalformedMessage("a change outside of a transaction")
-                rows.append(message.row)  # type: ignore[union-attr]
-                self._size_bytes += len(payload) + ROW_BYTES
-        elif kind is Begin:
-            self._start(message)  # type: ignore[arg-type]
-        elif kind is Message:
-            if message.prefix == MESSAGE_PREFIX and message.transactional:  # type: ignore[union-attr]
-                self._nonces.append(message.content.decode(errors="replace"))  # type: ignore[union-attr]
-        elif kind is Commit:
-            return self._finish(message)  # type: ignore[arg-type]
+        table = self._tables.get(payload[1:5])
+        if table is None or payload[0] not in _CHANGES:
+            return self._other(payload)
+        values = table.usual(payload)
+        if values is None or self._began is None:
+            return self._other(payload)
+        table.rows.append(values)
+        self._size_bytes += len(payload) + ROW_BYTES
         return None
+
+    def _other(self, payload: bytes) -> Transaction | None:
+        """A message that is no usual change of a table of the feed."""
+        message = self._decoder.decode(payload)
+        if isinstance(message, Insert | Update):
+            table = self._tables.get(payload[1:5])
+            if table is None:
+                return None
+            if self._began is None:
+                raise MalformedMessage("a change outside of a transaction")
+            table.rows.append(table.values(message.row))
+            self._size_bytes += len(payload) + ROW_BYTES
+        elif isinstance(message, Begin):
+            self._start(message)
+        elif isinstance(message, Relation):
+            self._described(payload[1:5], message)
+        elif isinstance(message, Message):
+            if message.prefix == MESSAGE_PREFIX and message.transactional:
+                self._nonces.append(message.content.decode(errors="replace"))
+        elif isinstance(message, Commit):
+            return self._finish(message)
+        return None
+
+    def _described(self, oid: bytes, relation: Relation) -> None:
+        columns = COLUMNS.get(relation.name)
+        if columns is None:
+            self._tables.pop(oid, None)
+        else:
+            read = reader_of(relation, columns.names, columns.optional)
+            self._tables[oid] = _Table(columns, read, self._rows[relation.name])
 
     def _start(self, begin: Begin) -> None:
         if self._began is not None:
             raise MalformedMessage("a transaction within a transaction")
         self._began = begin
-        self._rows = {PAYMENTS: [], ENTRIES: [], LINKS: [], PAYOUTS: []}
+        for rows in self._rows.values():
+            rows.clear()
         self._nonces = []
         self._size_bytes = ROW_BYTES
 
@@ -108,46 +177,47 @@ class Assembler:
             return Transaction(
                 lsn,
                 at_ms,
-                [_payment(lsn, at_ms, row) for row in rows[PAYMENTS]],
-                [entry for row in rows[ENTRIES] for entry in entry_rows(lsn, at_ms, row)],
-                [link for row in rows[ENTRIES] for link in entry_links(lsn, at_ms, row)]
-                + [_link(lsn, at_ms, row) for row in rows[LINKS]],
+                [_payment(lsn, at_ms, values) for values in rows[PAYMENTS]],
+                [entry for values in rows[ENTRIES] for entry in entry_rows(lsn, at_ms, values)],
+                [link for values in rows[ENTRIES] for link in entry_links(lsn, at_ms, values)]
+                + [_link(lsn, at_ms, values) for values in rows[LINKS]],
                 self._nonces,
                 self._size_bytes,
-                [_payout(lsn, at_ms, row) for row in rows[PAYOUTS]],
+                [_payout(lsn, at_ms, values) for values in rows[PAYOUTS]],
             )
         except (KeyError, TypeError) as error:
-            raise MalformedMessage(f"a row lacks a column that the feed needs: {error!r}") from error
+            raise MalformedMessage(f"a row lacks a value that the feed needs: {error!r}") from error
 
 
-def _payment(lsn: int, at_ms: int, row: dict[str, Any]) -> PaymentRow:
-    terms, progress = row.get("agreed") or row.get("terms"), row.get("course") or row.get("progress")
-    return PaymentRow(*(lsn, at_ms, *_payment_head(row), terms, progress, *_payment_tail(row)))
+_CHANGES = b"IU"
 
 
-def entry_rows(lsn: int, at_ms: int, row: Mapping[str, Any]) -> list[EntryRow]:
-    """The entries in a row of the shard's entries. Raises KeyError for a missing column, or a code of a later version."""
-    slot, key, created_at = row["slot"], row["key"], row["created_at"]
-    return [EntryRow(lsn, at_ms, slot, key, *entry, created_at) for entry in entries_of(_stored(row))]
+def _payment(lsn: int, at_ms: int, values: Values) -> PaymentRow:
+    (
+        slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
+        agreed, terms, course, progress, created_at, updated_at, expires_at, open_work, event, actor,
+    ) = values  # fmt: skip
+    return PaymentRow(
+        lsn, at_ms, slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent,
+        agreed or terms, course or progress, created_at, updated_at, expires_at, open_work, event, actor,
+    )  # fmt: skip
 
 
-def entry_links(lsn: int, at_ms: int, row: Mapping[str, Any]) -> list[LinkRow]:
+def entry_rows(lsn: int, at_ms: int, values: Sequence[Any]) -> list[EntryRow]:
+    """The entries in a row of the shard's entries. Raises KeyError for a code of a later version."""
+    slot, key, *content, created_at = values
+    return [EntryRow(lsn, at_ms, slot, key, *entry, created_at) for entry in entries_of(StoredEntry(*content))]
+
+
+def entry_links(lsn: int, at_ms: int, values: Sequence[Any]) -> list[LinkRow]:
     """The links in a row of the shard's entries."""
-    slot, key, created_at = row["slot"], row["key"], row["created_at"]
-    return [LinkRow(lsn, at_ms, slot, key, *link, created_at) for link in links_of(_stored(row))]
+    slot, key, *content, created_at = values
+    return [LinkRow(lsn, at_ms, slot, key, *link, created_at) for link in links_of(StoredEntry(*content))]
 
 
-def _stored(row: Mapping[str, Any]) -> StoredEntry:
-    """A log that was written before the last two columns were there doesn't have them."""
-    entry_id, kind, currency, source, accounts, amounts, sellers = _entry_content(row)
-    transaction, fee = row.get("balance_transaction"), row.get("fee")
-    return StoredEntry(entry_id, kind, currency, source, accounts, amounts, sellers, transaction, fee)
+def _link(lsn: int, at_ms: int, values: Values) -> LinkRow:
+    return LinkRow(lsn, at_ms, *values)
 
 
-def _link(lsn: int, at_ms: int, row: dict[str, Any]) -> LinkRow:
-    return LinkRow(lsn, at_ms, *(row[name] for name in _LINK_COLUMNS))
-
-
-def _payout(lsn: int, at_ms: int, row: dict[str, Any]) -> PayoutRow:
-    values = [lsn, at_ms, *(row[name] for name in _PAYOUT_COLUMNS), row.get("positions"), row.get("progress")]
-    return PayoutRow(*values, *(row[name] for name in ("open_work", "created_at", "updated_at")))
+def _payout(lsn: int, at_ms: int, values: Values) -> PayoutRow:
+    return PayoutRow(lsn, at_ms, *values)

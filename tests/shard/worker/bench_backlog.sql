@@ -1,9 +1,8 @@
 -- name: insert
-insert into oncepay.payments (slot, key, status, version, buyer, currency, amount, fingerprint, terms, progress, open_work, event,
+insert into oncepay.payments (slot, key, status, version, buyer, currency, amount, fingerprint, agreed, course, open_work, event,
     actor, created_at, updated_at, expires_at)
 select oncepay.slot_of('opk_' || g), 'opk_' || g, 'created', 1, 'buyer-' || g % 1000, 'usd', 1000, '\x01',
-       '{"items": [{"seller": "ada", "amount": 1000}], "shares": [{"seller": "ada", "gross": 1000, "fee": 100}],
-         "api_version": "2026-10-28.endive"}', '{}', true, 'accepted', 'router-1', now(), now(), now() + interval '1 day'
+       '[[["ada",1000]],[100],"2026-10-28.endive"]', '[]', true, 'accepted', 'router-1', now(), now(), now() + interval '1 day'
 from generate_series($1::integer, $2::integer) g
 
 -- name: update

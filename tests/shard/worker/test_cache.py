@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oncepay.feed import PaymentRow
 from oncepay.keys import ISSUED_PREFIX, issue
 from oncepay.payment import TERMINAL, Status
 from oncepay.settings import PollSettings
-from shard.worker.cache import PendingCache, pack, unpack
+from shard.worker.cache import PendingCache, pack, unpack, unpack_all
 
 POLL = PollSettings(first_s=5.0, max_s=300.0)
 FAR_S = 1_000_000.0
@@ -38,7 +38,7 @@ BASE64URL = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 
 @given(BASE64URL.map(ISSUED_PREFIX.__add__))
 def test_issued_keys_are_packed_and_come_back(key: str) -> None:
-    assert len(pack(key)) == 25
+    assert len(pack(key)) == 27
     assert unpack(pack(key)) == key
 
 
@@ -75,6 +75,44 @@ def test_what_is_due_comes_in_order_and_is_put_off_further_each_time() -> None:
     assert taken[0].tries == 9
     for gap_s, distance_s in zip(gaps[1:], [20, 40, 80, 160, 300, 300, 300, 300], strict=True):
         assert 0.78 * distance_s - 6 <= gap_s <= 1.2 * distance_s + 6
+
+
+@given(st.lists(BASE64URL.map(ISSUED_PREFIX.__add__) | st.text("ok1_é", min_size=1, max_size=40), max_size=20))
+def test_many_keys_come_back_in_their_order(keys: list[str]) -> None:
+    assert unpack_all([pack(key) for key in keys]) == keys
+
+
+def test_none_is_taken_twice_though_it_left_its_place_and_came_back() -> None:
+    """Each leaves a mark where it was; the same state at the same moment puts a second one beside it."""
+    clock = Clock()
+    cache = PendingCache(POLL, clock)
+    for _ in range(5):
+        for key in ("a", "b"):
+            cache.put(key, "processing", 1, True, FAR_S)
+        cache.forget("a")
+        cache.put("a", "processing", 1, True, FAR_S)
+    clock.now_s += 7
+    assert sorted(p.key for p in cache.take_due(100)) == ["a", "b"]
+    cache.hurry("a")
+    cache.hurry("a")
+    clock.now_s += 1
+    assert [p.key for p in cache.take_due(100)] == ["a"]
+
+
+def test_what_is_due_together_is_spread_over_its_next_look() -> None:
+    clock = Clock()
+    cache = PendingCache(POLL, clock)
+    for n in range(1_000):
+        cache.put(f"k{n}", "attempted", 1, True, FAR_S)
+    clock.now_s += 7
+    assert len(cache.take_due(10_000)) == 1_000
+    counts = list[int]()
+    while sum(counts) < 1_000:
+        clock.now_s += 5
+        counts.append(len(cache.take_due(10_000)))
+    assert max(counts) <= 300
+    assert 40 <= len(counts) <= 74, "from 240 to 360 seconds, less the 7 and rounded"
+    assert sum(1 for count in counts if count) >= 6
 
 
 def test_where_people_have_the_next_move_looks_are_rare() -> None:
@@ -185,6 +223,30 @@ def test_like_a_plain_model(changes: list[tuple[str, int, Status, bool]], waits:
         assert {p.key for p in cache} == pending.keys()
     clock.now_s += 1_000
     assert {p.key for p in cache.take_due(100)} == pending.keys()
+
+
+STEPS = st.sampled_from("abcd") | st.floats(-10, 8) | st.just(0.05) | st.none()
+
+
+@given(st.lists(STEPS, max_size=60), st.sampled_from([0.0, 0.5, 5.0, 100.0]))
+@example(["a", 7.0, None, -6.95, "b"], 5.0)
+@settings(max_examples=300)
+def test_none_is_lost_whatever_the_clock_does(steps: list[str | float | None], first_s: float) -> None:
+    """Payments that come and change (by their key) while the clock goes on, or back, and what is due is taken (None)."""
+    clock = Clock()
+    cache = PendingCache(PollSettings(first_s=first_s, max_s=300.0), clock)
+    versions: dict[str, int] = {}
+    for step in steps:
+        if isinstance(step, str):
+            versions[step] = versions.get(step, 0) + 1
+            cache.put(step, "processing", versions[step], True, FAR_S)
+        elif step is None:
+            taken = [p.key for p in cache.take_due(100)]
+            assert len(taken) == len(set(taken))
+        else:
+            clock.now_s += step
+    clock.now_s += 2_000
+    assert sorted((p.key, p.version) for p in cache.take_due(100)) == sorted(versions.items())
 
 
 def test_small(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,11 @@ import pytest
 from oncepay.errors import OutcomeUnknown
 from oncepay.feed import lsn_text
 from shard.store.rows import Put
+from shard.worker import metrics
 from shard.worker.errors import FeedHalted, StandDown
 from tests.postgres_fixture import PostgresServer, postgres_server
 from tests.shard.worker.harness import (
+    SHARD,
     RunningAggregator,
     ShardDatabase,
     eventually,
@@ -152,6 +154,57 @@ async def test_too_much_to_hold_is_read_again_from_the_slot(
         await aggregator.holds(*keys)
         assert feed.seen_keys == keys
         assert feed.feed.problem is None
+
+
+async def test_a_large_backlog_is_made_certain_ahead_and_read_once(
+    shard: ShardDatabase, aggregator: RunningAggregator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backlog of more than may be held back, and what comes while it is read."""
+    monkeypatch.setattr("shard.worker.feed.AHEAD_BYTES", 1)
+    keys = [f"k{n:04}" for n in range(400)]
+    for n in range(0, 400, 5):
+        await shard.accept(*keys[n : n + 5])
+
+    def opened() -> float:
+        return float(metrics.CONNECTS.labels(SHARD, "open")._value.get())
+
+    before = opened()
+    async with running_feed(shard, aggregator.settings) as feed:
+        sieve = feed.feed._sieve
+        sieve._held_bytes_max = 20_000
+        await shard.accept("later")
+        await aggregator.holds(*keys, "later")
+        assert feed.seen_keys == [*keys, "later"]
+        assert not sieve.dropped
+        assert opened() == before + 1, "the slot was read once"
+        slots = await shard.connection.fetch("select slot_name from pg_replication_slots")
+        assert [slot["slot_name"] for slot in slots] == ["oncepay_feed"], "the slot to look ahead with is gone"
+
+
+@pytest.mark.parametrize("error", [None, OutcomeUnknown("no standby")])
+async def test_a_barrier_that_another_node_acknowledged_or_none_proves_nothing_ahead(
+    shard: ShardDatabase, aggregator: RunningAggregator, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    monkeypatch.setattr("shard.worker.feed.AHEAD_BYTES", 1)
+    monkeypatch.setattr("shard.worker.ahead.AHEAD_S", 0.5)
+    honest, asked = shard.barrier, []
+
+    async def elsewhere(nonce: str) -> None:
+        asked.append(nonce)
+        if error is not None:
+            raise error
+        await honest(f"on another node: {nonce}")
+
+    monkeypatch.setattr(shard, "barrier", elsewhere)
+    await shard.accept("stale")
+    async with running_feed(shard, aggregator.settings) as feed:
+        await eventually(lambda: len(asked) >= 2, "the one ahead was given up, and the feed's own was tried")
+        await asyncio.sleep(0.3)  # nothing happens: there is no event to wait for
+        assert feed.seen_keys == []
+        assert feed.feed._sieve.certain_lsn == 0
+        assert await aggregator.keys() == set()
+        feed.feed._barrier = honest
+        await aggregator.holds("stale")
 
 
 async def test_a_batch_whose_answer_was_lost_is_not_applied_twice(shard: ShardDatabase, aggregator: RunningAggregator) -> None:

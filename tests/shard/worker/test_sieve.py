@@ -75,6 +75,15 @@ def test_what_was_certain_stays_so_on_a_later_timeline_only() -> None:
     assert sieve.add(transaction(5)) == []
 
 
+def test_what_another_stream_proved_passes_and_nothing_behind_it() -> None:
+    sieve = Sieve(held_bytes_max=250)
+    sieve.connected(2)
+    sieve.proved(40)
+    assert [sieve.add(transaction(lsn)) != [] for lsn in (10, 20, 30, 40, 50)] == [True] * 4 + [False]
+    sieve.connected(1)
+    assert sieve.add(transaction(10)) == [], "the node was deposed before"
+
+
 def test_too_much_is_let_go_of_and_nothing_behind_it_passes() -> None:
     sieve = Sieve(held_bytes_max=250)
     sieve.connected(1)
@@ -161,6 +170,14 @@ class Failovers(RuleBasedStateMachine):
         """From wherever the slot is: at or before what was taken."""
         self.read = max(0, sum(t.end_lsn <= (self.freed[-1] if self.freed else 0) for t in self.log) - lag)
         self.sieve.connected(self.timeline)
+
+    @rule(lag=st.integers(0, 5))
+    def reconnect_to_a_backlog(self, lag: int) -> None:
+        """A barrier at the log's end is seen in another stream of the node before the slot's own is read."""
+        self.reconnect(lag)
+        self._append("ahead")
+        self.quorum = len(self.log)
+        self.sieve.proved(self.log[-1].end_lsn)
 
     @rule()
     def fail_over(self) -> None:
