@@ -7,9 +7,10 @@ counts exactly when its insertion made a row, in both ways.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from operator import attrgetter, itemgetter
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -38,10 +39,12 @@ from oncepay.logs import get_logger
 SQL = queries.load("apply.sql")
 PAYOUTS = queries.load("payouts.sql")
 CHUNK_ROWS = 500
-"""Rows are encoded by so many, so that Postgres takes one part in while the next is made."""
+"""Rows are encoded by so many: in between the loop carries on with what Postgres is doing."""
 
 _log = get_logger("apply")
-Row = TypeVar("Row")
+
+_Job = tuple["_Table", Sequence[Any], Callable[[Sequence[Any], str], list[Fields]]]
+"""A table, rows for it, and how they become columns."""
 
 
 class _Table(NamedTuple):
@@ -49,6 +52,13 @@ class _Table(NamedTuple):
 
     name: str
     columns: tuple[str, ...]
+
+
+class _Copy(NamedTuple):
+    """Rows of a table, encoded."""
+
+    table: _Table
+    parts: list[bytes]
 
 
 _ENTRIES = _Table(
@@ -79,24 +89,35 @@ async def put_rows(connection: asyncpg.Connection, batch: FeedBatch) -> None:
     entries, links = sorted_entries(batch.entries), sorted_links(batch.links)
     begun = {row.key for row in history if row.version == 1}
     new = [row for row in payments if row.key in begun]
-    sums = fold(entries)
     try:
         async with connection.transaction():
-            await _copy(connection, _ENTRIES, entries, shard, _entry_fields)
-            await _copy_postings(connection, shard, sums)
-            await _copy(connection, _LINKS, links, shard, _link_fields)
-            await _copy(connection, _HISTORY, history, shard, _history_fields)
-            await _copy(connection, _PAYMENTS, new, shard, _payment_fields)
+            sums = fold(entries)
+            jobs: list[_Job] = [
+                (_ENTRIES, entries, _entry_fields),
+                (_POSTINGS, _sorted_postings(sums), _posting_fields),
+                (_LINKS, links, _link_fields),
+                (_HISTORY, history, _history_fields),
+                (_PAYMENTS, new, _payment_fields),
+            ]
+            await _copy_behind(connection, shard, _add_sums(connection, shard, sums), jobs)
     except asyncpg.UniqueViolationError:
         metrics.REPEATED.labels(shard).inc()
-        sums = fold(await _insert_entries(connection, shard, entries))
-        await _copy_postings(connection, shard, sums)
-        await _insert_links(connection, shard, links)
-        await _add_history(connection, shard, history, at_commit=True)
+        await _put_one_by_one(connection, shard, entries, links, history)
         begun.clear()
     await _upsert_payments(connection, shard, [row for row in payments if row.key not in begun])
     await _upsert_payouts(connection, shard, batch.payouts)
+
+
+async def _put_one_by_one(
+    connection: asyncpg.Connection, shard: str, entries: Sequence[EntryRow], links: Sequence[LinkRow],
+    history: Sequence[PaymentRow],
+) -> None:  # fmt: skip
+    """Put what may be here already; only what is new counts."""
+    sums = fold(await _insert_entries(connection, shard, entries))
     await _add_sums(connection, shard, sums)
+    await _copy(connection, await _encoded((_POSTINGS, _sorted_postings(sums), _posting_fields), shard))
+    await _insert_links(connection, shard, links)
+    await _add_history(connection, shard, history, at_commit=True)
 
 
 async def put_anew(connection: asyncpg.Connection, batch: FeedBatch) -> None:
@@ -105,35 +126,57 @@ async def put_anew(connection: asyncpg.Connection, batch: FeedBatch) -> None:
     Raises UniqueViolationError when the body of a rebuild brings a row twice.
     """
     shard, entries = batch.shard, sorted_entries(batch.entries)
-    await _copy(connection, _ENTRIES, entries, shard, _entry_fields)
-    await _copy_postings(connection, shard, fold(entries))
-    await _copy(connection, _LINKS, sorted_links(batch.links), shard, _link_fields)
-    await _copy(connection, _PAYMENTS, latest_payments(batch.payments), shard, _payment_fields)
-    await _add_history(connection, shard, sorted_history(batch.payments), at_commit=False)
+    payments, links = latest_payments(batch.payments), sorted_links(batch.links)
+    history = _add_history(connection, shard, sorted_history(batch.payments), at_commit=False)
+    jobs: list[_Job] = [
+        (_ENTRIES, entries, _entry_fields),
+        (_POSTINGS, _sorted_postings(fold(entries)), _posting_fields),
+        (_LINKS, links, _link_fields),
+        (_PAYMENTS, payments, _payment_fields),
+    ]
+    await _copy_behind(connection, shard, history, jobs)
     await _upsert_payouts(connection, shard, batch.payouts)
 
 
 # What is new
 
 
-async def _copy(
-    connection: asyncpg.Connection, table: _Table, rows: Sequence[Row], shard: str,
-    fields: Callable[[Sequence[Row], str], list[Fields]],
-) -> None:  # fmt: skip
-    async def parts() -> AsyncIterator[bytes]:
-        yield copying.HEADER
-        for first in range(0, len(rows), CHUNK_ROWS):
-            yield copying.rows(fields(rows[first : first + CHUNK_ROWS], shard))
-        yield copying.TRAILER
+async def _copy_behind(
+    connection: asyncpg.Connection, shard: str, first: Coroutine[Any, Any, None], jobs: Sequence[_Job]
+) -> None:
+    """Run `first`, then copy each job's rows. While Postgres works at one of them, the next is encoded."""
+    running = asyncio.ensure_future(first)
+    try:
+        for job in jobs:
+            made = await _encoded(job, shard)
+            await running
+            running = asyncio.ensure_future(_copy(connection, made))
+    finally:
+        await running
 
-    if rows:
-        await connection.copy_to_table(table.name, schema_name="oncepay", source=parts(), columns=table.columns, format="binary")
+
+async def _encoded(job: _Job, shard: str) -> _Copy:
+    """The rows as COPY takes them. Between two parts others have their turn: a statement that Postgres works at goes on."""
+    table, rows, fields = job
+    parts = []
+    for first in range(0, len(rows), CHUNK_ROWS):
+        parts.append(copying.rows(fields(rows[first : first + CHUNK_ROWS], shard)))
+        await asyncio.sleep(0)
+    return _Copy(table, parts)
 
 
-async def _copy_postings(connection: asyncpg.Connection, shard: str, sums: Sums) -> None:
+async def _copy(connection: asyncpg.Connection, copy: _Copy) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"".join((copying.HEADER, *copy.parts, copying.TRAILER))
+
+    if copy.parts:
+        columns = copy.table.columns
+        await connection.copy_to_table(copy.table.name, schema_name="oncepay", source=body(), columns=columns, format="binary")
+
+
+def _sorted_postings(sums: Sums) -> list[SellerPosting]:
     """In the order of the table's index, as far as sellers go."""
-    sums.postings.sort(key=itemgetter(0))
-    await _copy(connection, _POSTINGS, sums.postings, shard, _posting_fields)
+    return sorted(sums.postings, key=itemgetter(0))
 
 
 def _entry_fields(rows: Sequence[EntryRow], shard: str) -> list[Fields]:

@@ -55,6 +55,7 @@ async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> Fe
             batch = _batch(frame, head)
             await put_anew(connection, batch)
             rows += batch.rows
+        await connection.execute(SQL["sort_in_memory"])
         for name in _SUMS:
             await connection.execute(SQL[name], affected)
         await connection.execute(SQL["forget_versions"], slots)

@@ -122,8 +122,8 @@ def life(number: int, lsn: int, shape: Shape) -> Life:
     rows = [
         PaymentRow(
             lsn - 10 * left, at_ms, place, key, status, shape.versions - left, buyer, "usd", amount, 0 if left else amount, 0,
-            None if status == "created" else f"pi_3{part}", terms, "[]" if left else progress, time_us, time_us, time_us + DAY_US, left > 0, status,
-            "router-1",
+            None if status == "created" else f"pi_3{part}", terms, "[]" if left else progress, time_us, time_us, time_us + DAY_US,
+            left > 0, status, "router-1",
         )
         for left, status in zip(range(shape.versions - 1, -1, -1), STATES[-shape.versions :], strict=True)
     ]  # fmt: skip

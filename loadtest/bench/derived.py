@@ -64,8 +64,8 @@ def options() -> argparse.Namespace:
         "--entries-each",
         type=int,
         choices=(1, 2),
-        default=1,
-        help="2: Stripe's fee is an entry of its own (default: %(default)s)",
+        default=2,
+        help="1: Stripe's fee in the payment's own entry (default: %(default)s)",
     )
     parser.add_argument(
         "--versions", type=int, choices=(1, 2, 3), default=3, help="rows of each payment in the log (default: %(default)s)"
