@@ -7,11 +7,13 @@ what it should be. Amounts are minor units of the entry's currency.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple
 
 from oncepay.cart import PLATFORM_SELLER
+from oncepay.feed import EntryRow
 from oncepay.ledger import PLATFORM_FEES
 
 SELLER_ACCOUNTS = "seller:*:payable"
@@ -21,21 +23,15 @@ _DAY_US = 86_400_000_000
 _EPOCH_DAY = dt.date(1970, 1, 1).toordinal()
 
 
-class EntryLike(Protocol):
-    """What the fold needs of an entry (oncepay.feed.EntryRow has it)."""
+class SellerPosting(NamedTuple):
+    """What an entry did to a seller that it names: `amount` is the change of what the seller is owed, `total` that before the
+    platform's fee, `fee` the platform's part (`oncepay.by_seller` says the same in SQL)."""
 
-    @property
-    def kind(self) -> str: ...
-    @property
-    def currency(self) -> str: ...
-    @property
-    def accounts(self) -> Sequence[str]: ...
-    @property
-    def amounts(self) -> Sequence[int]: ...
-    @property
-    def sellers(self) -> Sequence[str]: ...
-    @property
-    def created_at_us(self) -> int: ...
+    seller: str
+    entry: EntryRow
+    amount: int
+    total: int
+    fee: int
 
 
 @dataclass(slots=True)
@@ -73,39 +69,64 @@ class KindTotal:
 @dataclass(slots=True)
 class Sums:
     """The fold's state; its keys are (seller, currency, day), (account, currency), (account, currency, day, kind) and
-    (kind, currency)."""
+    (kind, currency). `postings` are those of each entry in turn."""
 
     seller_days: dict[tuple[str, str, dt.date], SellerDay] = field(default_factory=dict)
     accounts: dict[tuple[str, str], AccountTotal] = field(default_factory=dict)
     account_days: dict[tuple[str, str, dt.date, str], AccountTotal] = field(default_factory=dict)
     kinds: dict[tuple[str, str], KindTotal] = field(default_factory=dict)
+    postings: list[SellerPosting] = field(default_factory=list, compare=False)
+
+
+@lru_cache(maxsize=4096)
+def _day(number: int) -> dt.date:
+    return dt.date.fromordinal(_EPOCH_DAY + number)
 
 
 def day_of(time_us: int) -> dt.date:
     """The UTC day of a time in microseconds since 1970."""
-    return dt.date.fromordinal(_EPOCH_DAY + time_us // _DAY_US)
+    return _day(time_us // _DAY_US)
 
 
-def fold(entries: Iterable[EntryLike]) -> Sums:
+def seller_of(account: str) -> str:
+    """Whose account it is; empty for one that is no seller's."""
+    return account[7:-8] if account.startswith("seller:") and account.endswith(":payable") else ""
+
+
+def fold(entries: Iterable[EntryRow]) -> Sums:
     """The sums over `entries`; each must be given once."""
     sums = Sums()
     for entry in entries:
-        _add_accounts(sums, entry)
-        if any(entry.sellers):
-            _add_sellers(sums, entry)
+        day = day_of(entry.created_at_us)
+        sellers = _add_accounts(sums, entry, day)
+        if sellers:
+            _add_sellers(sums, entry, day, sellers)
     return sums
 
 
-def _add_accounts(sums: Sums, entry: EntryLike) -> None:
-    currency, day, debits = entry.currency, day_of(entry.created_at_us), 0
-    for account, amount in zip(entry.accounts, entry.amounts, strict=True):
-        total = sums.accounts.get((account, currency))
+class _Part:
+    """What an entry does to one seller, while its postings are gone through."""
+
+    __slots__ = ("amount", "fee", "named", "total")
+
+    def __init__(self) -> None:
+        self.amount = self.total = self.fee = 0
+        self.named = False
+
+
+def _add_accounts(sums: Sums, entry: EntryRow, day: dt.date) -> dict[str, _Part]:
+    """Counts each posting on its account; the sellers that the entry names, or whose accounts it names."""
+    currency, kind_name, debits = entry.currency, entry.kind, 0
+    accounts, days, sellers = sums.accounts, sums.account_days, dict[str, _Part]()
+    for account, amount, named in zip(entry.accounts, entry.amounts, entry.sellers, strict=True):
+        owner = seller_of(account)
+        total = accounts.get((account, currency))
         if total is None:
-            total = sums.accounts[account, currency] = AccountTotal()
-        name = SELLER_ACCOUNTS if account.startswith("seller:") and account.endswith(":payable") else account
-        of_day = sums.account_days.get((name, currency, day, entry.kind))
+            total = accounts[account, currency] = AccountTotal()
+        name = (SELLER_ACCOUNTS if owner else account, currency, day, kind_name)
+        of_day = days.get(name)
         if of_day is None:
-            of_day = sums.account_days[name, currency, day, entry.kind] = AccountTotal()
+            of_day = days[name] = AccountTotal()
         if amount > 0:
             total.debit += amount
             of_day.debit += amount
@@ -113,32 +134,45 @@ def _add_accounts(sums: Sums, entry: EntryLike) -> None:
         else:
             total.credit -= amount
             of_day.credit -= amount
-    kind = sums.kinds.setdefault((entry.kind, currency), KindTotal())
+        seller = named or owner
+        if seller:
+            part = sellers.get(seller)
+            if part is None:
+                part = sellers[seller] = _Part()
+            _add_part(part, seller, owner, account, amount, named)
+    kind = sums.kinds.setdefault((kind_name, currency), KindTotal())
     kind.entries += 1
     kind.amount += debits
+    return sellers
 
 
-def _add_sellers(sums: Sums, entry: EntryLike) -> None:
+def _add_part(part: _Part, seller: str, owner: str, account: str, amount: int, named: str) -> None:
+    """What the platform earns by its own lines is on the account of its fees, as its fees are."""
+    is_fee = account == PLATFORM_FEES
+    if owner == seller or (is_fee and seller == PLATFORM_SELLER):
+        part.amount -= amount
+    if named:
+        part.named = True
+        part.total -= amount
+        if is_fee and seller != PLATFORM_SELLER:
+            part.fee -= amount
+
+
+def _add_sellers(sums: Sums, entry: EntryRow, day: dt.date, sellers: dict[str, _Part]) -> None:
     """Which column an entry counts in is said by its kind's first word; payouts and the like are no revenue."""
     category = entry.kind.partition("_")[0]
-    if category not in ("payment", "refund", "dispute"):
-        return
-    day = day_of(entry.created_at_us)
-    paid: set[str] = set()
-    for account, amount, seller in zip(entry.accounts, entry.amounts, entry.sellers, strict=True):
-        if not seller:
+    for seller, part in sellers.items():
+        sums.postings.append(SellerPosting(seller, entry, part.amount, part.total, part.fee))
+        if not part.named or category not in ("payment", "refund", "dispute"):
             continue
         row = sums.seller_days.get((seller, entry.currency, day))
         if row is None:
             row = sums.seller_days[seller, entry.currency, day] = SellerDay()
+        row.fees += part.fee
         if category == "payment":
-            row.gross -= amount
-            if seller not in paid:
-                paid.add(seller)
-                row.payments += 1
+            row.gross += part.total
+            row.payments += 1
         elif category == "refund":
-            row.refunded += amount
+            row.refunded -= part.total
         else:
-            row.disputed += amount
-        if account == PLATFORM_FEES and seller != PLATFORM_SELLER:
-            row.fees -= amount
+            row.disputed -= part.total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,6 +22,10 @@ from aggregator.status import StatusCall
 from oncepay.errors import SettingsError
 from oncepay.feed import FEED_BYTES_MAX
 from oncepay.service import Service, run
+
+GARBAGE_AFTER = 100_000
+"""Python looks for cycles after so many new objects. A batch is tens of thousands of them and has none: by default a quarter of
+the time of applying it would go there."""
 
 
 @asynccontextmanager
@@ -57,6 +62,7 @@ async def start(service: Service) -> AsyncIterator[None]:
 
 def main() -> None:
     """Run until SIGTERM."""
+    gc.set_threshold(GARBAGE_AFTER, 10, 10)
     run(
         start,
         kind="aggregator",

@@ -7,6 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 BATCHES = Counter("oncepay_feed_batches", "Batches received, by what became of them.", ["shard", "outcome"])
 ROWS = Counter("oncepay_feed_rows", "Rows of applied batches.", ["shard", "kind"])
 CONTRADICTIONS = Counter("oncepay_feed_contradictions", "Entries that came again with another content.", ["shard"])
+REPEATED = Counter("oncepay_feed_repeated_batches", "Batches with rows that were here already.", ["shard"])
 APPLY_SECONDS = Histogram("oncepay_feed_apply_seconds", "Time to apply a batch, its commit included.")
 LAG_SECONDS = Gauge("oncepay_feed_lag_seconds", "From the shard's commit to here, for the newest row applied.", ["shard"])
 WATERMARK = Gauge("oncepay_feed_watermark_bytes", "The position up to which the shard's feed is applied.", ["shard"])

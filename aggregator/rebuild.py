@@ -13,15 +13,15 @@ import asyncpg
 import msgspec
 
 from aggregator import queries
-from aggregator.apply import SQL as APPLY
-from aggregator.apply import add_sums, check, put_rows
-from aggregator.fold import fold
+from aggregator.apply import check
+from aggregator.put import SQL as APPLY
+from aggregator.put import put_anew
 from oncepay.errors import MalformedBody, OncepayError
 from oncepay.feed import FEED_BYTES_MAX, FeedBatch, FeedPosition, RebuildHead, decode_batch, decode_head
 from oncepay.logs import get_logger
 
 SQL = queries.load("rebuild.sql")
-PAGE_ENTRIES = 5_000
+_SUMS = ("sum_seller_days", "sum_account_totals", "sum_account_days", "sum_kinds")
 
 _log = get_logger("rebuild")
 
@@ -39,17 +39,6 @@ class Reads(Protocol):
     async def readexactly(self, n: int) -> bytes: ...
 
 
-class _Left(msgspec.Struct, frozen=True):
-    """An entry as the fold needs it."""
-
-    kind: str
-    currency: str
-    accounts: list[str]
-    amounts: list[int]
-    sellers: list[str]
-    created_at_us: int
-
-
 async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> FeedPosition:
     """Replace what is derived from `shard` by the rows of `body`; its position is the head's then.
 
@@ -61,13 +50,14 @@ async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> Fe
         await _lock(connection, head)
         affected = [row[0] for row in await connection.fetch(SQL["forget_slots"], shard, slots)]
         await connection.execute(SQL["forget_payouts"], slots)
-        for each in affected:
-            await _sum_again(connection, each)
         rows = 0
         async for frame in _frames(body):
             batch = _batch(frame, head)
-            await put_rows(connection, batch, at_commit=False)
+            await put_anew(connection, batch)
             rows += batch.rows
+        await connection.execute(SQL["sort_in_memory"])
+        for name in _SUMS:
+            await connection.execute(SQL[name], affected)
         await connection.execute(SQL["forget_versions"], slots)
         await connection.execute(SQL["set_watermark"], shard, head.incarnation, head.epoch, head.lsn)
     _log.info("shard rebuilt", shard=shard, rows=rows, lsn=head.lsn, sums_of=affected)
@@ -79,17 +69,6 @@ async def _lock(connection: asyncpg.Connection, head: RebuildHead) -> None:
     known = await connection.fetchrow(APPLY["lock_watermark"], head.shard)
     if known is not None and known["epoch"] > head.epoch:
         raise EpochEnded(f"epoch {head.epoch} of shard {head.shard} is over: {known['epoch']} is known")
-
-
-async def _sum_again(connection: asyncpg.Connection, shard: str) -> None:
-    """Make a shard's sums from the entries that are there. Its sums were forgotten."""
-    page: list[_Left] = []
-    async for row in connection.cursor(SQL["entries_of"], shard, prefetch=PAGE_ENTRIES):
-        page.append(_Left(*row))
-        if len(page) == PAGE_ENTRIES:
-            await add_sums(connection, shard, fold(page))
-            page.clear()
-    await add_sums(connection, shard, fold(page))
 
 
 async def _frames(body: Reads) -> AsyncIterator[bytes]:

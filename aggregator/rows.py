@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow
+from oncepay.errors import MalformedBody
+from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow, lsn_text
 from oncepay.payment_text import failure_in, items_and_fee_in
 
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -27,13 +28,24 @@ def time_of(time_us: int) -> dt.datetime:
 
 
 def text_array(values: Iterable[str]) -> str:
-    """A Postgres array literal of texts."""
-    return "{" + ",".join('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values) + "}"
+    """A Postgres array literal of texts. Raises MalformedBody for a text that no database can hold."""
+    values = list(values)
+    if not values:
+        return "{}"
+    joined = "\0".join(values)
+    if joined.count("\0") != len(values) - 1:
+        raise MalformedBody("a text holds a character with the number 0")
+    return '{"' + joined.replace("\\", "\\\\").replace('"', '\\"').replace("\0", '","') + '"}'
 
 
-def number_array(values: Iterable[int]) -> str:
-    """A Postgres array literal of integers."""
-    return "{" + ",".join(map(str, values)) + "}"
+def optional_text_array(values: Iterable[str | None]) -> str:
+    """As `text_array`, with nulls."""
+    return "{" + ",".join("null" if value is None else text_array((value,))[1:-1] for value in values) + "}"
+
+
+def number_array(values: Iterable[int | None]) -> str:
+    """A Postgres array literal of integers, with nulls."""
+    return "{" + ",".join(["null" if value is None else str(value) for value in values]) + "}"
 
 
 def _transposed(rows: Sequence[tuple[Any, ...]], width: int) -> Columns:
@@ -72,26 +84,46 @@ def latest_payments(rows: Iterable[PaymentRow]) -> list[PaymentRow]:
     return sorted(latest.values(), key=attrgetter("key"))
 
 
-def payment_columns(rows: Sequence[PaymentRow]) -> Columns:
-    """For `upsert_payments`."""
-    made = [
-        (
-            *(r.key, r.slot, r.status, r.version, r.buyer, r.currency, r.amount, r.amount_captured, r.amount_refunded, r.intent),
-            *items_and_fee(r.terms),
-            *(failure_of(r.progress), time_of(r.created_at_us), time_of(r.updated_at_us), r.lsn),
-        )
-        for r in rows
-    ]
-    return _transposed(made, 16)
+def payment_columns(rows: Sequence[PaymentRow]) -> tuple[str, ...]:
+    """For `upsert_payments`: a literal of each column."""
+    terms = [items_and_fee(row.terms) for row in rows]
+    return (
+        text_array(row.key for row in rows),
+        number_array(row.slot for row in rows),
+        text_array(row.status for row in rows),
+        number_array(row.version for row in rows),
+        text_array(row.buyer for row in rows),
+        text_array(row.currency for row in rows),
+        number_array(row.amount for row in rows),
+        number_array(row.amount_captured for row in rows),
+        number_array(row.amount_refunded for row in rows),
+        optional_text_array(row.intent for row in rows),
+        optional_text_array(items for items, _ in terms),
+        number_array(fee for _, fee in terms),
+        optional_text_array(failure_of(row.progress) for row in rows),
+        number_array(row.created_at_us for row in rows),
+        number_array(row.updated_at_us for row in rows),
+        text_array(lsn_text(row.lsn) for row in rows),
+    )
 
 
-def history_columns(rows: Iterable[PaymentRow], *, at_commit: bool) -> Columns:
+def sorted_history(rows: Iterable[PaymentRow]) -> list[PaymentRow]:
+    """In the order of the history's key."""
+    return sorted(rows, key=attrgetter("key", "version"))
+
+
+def history_columns(rows: Sequence[PaymentRow], *, at_commit: bool) -> tuple[str, ...]:
     """For `add_history`. Without `at_commit` the rows are a table's, and when each was committed isn't known exactly."""
-    made = [
-        (r.key, r.version, r.slot, r.status, r.event, r.actor, time_of(r.committed_at_ms * 1000), r.lsn if at_commit else None)
-        for r in sorted(rows, key=attrgetter("key", "version"))
-    ]
-    return _transposed(made, 8)
+    return (
+        text_array(row.key for row in rows),
+        number_array(row.version for row in rows),
+        number_array(row.slot for row in rows),
+        text_array(row.status for row in rows),
+        text_array(row.event for row in rows),
+        text_array(row.actor for row in rows),
+        number_array(row.committed_at_ms for row in rows),
+        optional_text_array(lsn_text(row.lsn) if at_commit else None for row in rows),
+    )
 
 
 def sorted_entries(rows: Iterable[EntryRow]) -> list[EntryRow]:
@@ -116,13 +148,21 @@ def content_columns(columns: Columns) -> Columns:
     return (*columns[0:2], *columns[3:9])
 
 
-def link_columns(rows: Iterable[LinkRow]) -> Columns:
-    """For `insert_links`."""
-    made = [
-        (r.balance_transaction, r.key, r.entry_id, r.slot, time_of(r.created_at_us), r.lsn)
-        for r in sorted(rows, key=attrgetter("balance_transaction", "key", "entry_id"))
-    ]
-    return _transposed(made, 6)
+def sorted_links(rows: Iterable[LinkRow]) -> list[LinkRow]:
+    """In the order of the table's key."""
+    return sorted(rows, key=attrgetter("balance_transaction", "key", "entry_id"))
+
+
+def link_columns(rows: Sequence[LinkRow]) -> tuple[str, ...]:
+    """For `insert_links`: a literal of each column."""
+    return (
+        text_array(row.balance_transaction for row in rows),
+        text_array(row.key for row in rows),
+        text_array(row.entry_id for row in rows),
+        number_array(row.slot for row in rows),
+        number_array(row.created_at_us for row in rows),
+        text_array(lsn_text(row.lsn) for row in rows),
+    )
 
 
 def payout_columns(rows: Iterable[PayoutRow]) -> Columns:

@@ -18,8 +18,8 @@ from deploy import processes
 
 PARAMETERS = {
     "max_connections": "100",
-    "shared_buffers": "64MB",
-    "max_wal_size": "512MB",
+    "shared_buffers": "256MB",
+    "max_wal_size": "2GB",
     "min_wal_size": "64MB",
     "wal_init_zero": "off",
     "io_method": "sync",

@@ -162,7 +162,8 @@ class Run:
                     )  # fmt: skip
 
     async def _compare(self, first: dt.datetime, last: dt.datetime) -> None:
-        async with self._connect() as connection:
+        async with self._connect() as connection, connection.transaction():
+            await connection.execute(SQL["join_in_memory"])
             for name in ("unbooked", "unlinked"):
                 await connection.execute(SQL[name], self.name, first, last, self._settled)
             for name in ("net_differs", "net_missing", "of_several", "linked_twice"):

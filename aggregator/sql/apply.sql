@@ -1,5 +1,6 @@
--- Applying one batch of a feed: these run in this order, in one transaction. Every array is sorted by the table's key,
--- so that two shards' batches that touch the same row never wait for each other in a ring.
+-- Applying one batch of a feed, in one transaction. What is new comes by COPY (put.py); these statements are for what may be here
+-- already. Every array is sorted by the table's key, so that two shards' batches that touch the same row never wait for each
+-- other in a ring; most come as literals, which Postgres reads faster than Python encodes arrays.
 
 -- name: lock_watermark
 -- The shard's row, locked until the batch is in or refused.
@@ -11,21 +12,14 @@ insert into oncepay.watermarks (shard, incarnation, epoch, lsn) values ($1, $2, 
 
 -- name: insert_entries
 -- Only an entry that wasn't here comes back, and only that one is added to the sums and to the sellers' postings.
-with made as (
-    insert into oncepay.entries (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, shard, lsn)
-    select u.key, u.entry_id, u.slot, u.kind, u.currency, u.source, u.accounts::text[], u.amounts::bigint[], u.sellers::text[],
-           u.created_at, $1, u.lsn
-    from unnest($2::text[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
-                $11::timestamptz[], $12::pg_lsn[])
-         u (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, lsn)
-    on conflict (key, entry_id) do nothing
-    returning key, entry_id, slot, kind, currency, accounts, amounts, sellers, created_at
-), posted as (
-    insert into oncepay.seller_postings (seller, currency, created_at, key, entry_id, slot, kind, amount, total, fee)
-    select b.seller, m.currency, m.created_at, m.key, m.entry_id, m.slot, m.kind, b.amount, b.total, b.fee
-    from made m cross join lateral oncepay.by_seller(m.accounts, m.amounts, m.sellers) b
-)
-select key, entry_id from made
+insert into oncepay.entries (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, shard, lsn)
+select u.key, u.entry_id, u.slot, u.kind, u.currency, u.source, u.accounts::text[], u.amounts::bigint[], u.sellers::text[],
+       u.created_at, $1, u.lsn
+from unnest($2::text[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
+            $11::timestamptz[], $12::pg_lsn[])
+     u (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, lsn)
+on conflict (key, entry_id) do nothing
+returning key, entry_id
 
 -- name: differing_entries
 -- Entries that were here before, of another content: an entry never changes, so one of the two is wrong.
@@ -38,9 +32,9 @@ where (e.kind, e.currency, e.source, e.accounts, e.amounts, e.sellers)
 
 -- name: insert_links
 insert into oncepay.balance_links (balance_transaction, key, entry_id, slot, created_at, shard, lsn)
-select u.balance_transaction, u.key, u.entry_id, u.slot, u.created_at, $1, u.lsn
-from unnest($2::text[], $3::text[], $4::text[], $5::integer[], $6::timestamptz[], $7::pg_lsn[])
-     u (balance_transaction, key, entry_id, slot, created_at, lsn)
+select u.balance_transaction, u.key, u.entry_id, u.slot, timestamptz 'epoch' + u.created_us * interval '1 microsecond', $1, u.lsn
+from unnest($2::text::text[], $3::text::text[], $4::text::text[], $5::text::integer[], $6::text::bigint[], $7::text::pg_lsn[])
+     u (balance_transaction, key, entry_id, slot, created_us, lsn)
 on conflict (balance_transaction, key, entry_id) do nothing
 
 -- name: upsert_payments
@@ -49,12 +43,13 @@ insert into oncepay.payments as p (
     key, slot, status, version, buyer, currency, amount, amount_captured, amount_refunded, payment_intent, items,
     platform_fee, failure, created_at, updated_at, shard, lsn)
 select u.key, u.slot, u.status, u.version, u.buyer, u.currency, u.amount, u.captured, u.refunded, u.intent, u.items,
-       u.fee, u.failure, u.created_at, u.updated_at, $1, u.lsn
-from unnest($2::text[], $3::integer[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::bigint[], $9::bigint[],
-            $10::bigint[], $11::text[], $12::text[], $13::bigint[], $14::text[], $15::timestamptz[], $16::timestamptz[],
-            $17::pg_lsn[])
-     u (key, slot, status, version, buyer, currency, amount, captured, refunded, intent, items, fee, failure, created_at,
-        updated_at, lsn)
+       u.fee, u.failure, timestamptz 'epoch' + u.created_us * interval '1 microsecond',
+       timestamptz 'epoch' + u.updated_us * interval '1 microsecond', $1, u.lsn
+from unnest($2::text::text[], $3::text::integer[], $4::text::text[], $5::text::bigint[], $6::text::text[], $7::text::text[],
+            $8::text::bigint[], $9::text::bigint[], $10::text::bigint[], $11::text::text[], $12::text::text[],
+            $13::text::bigint[], $14::text::text[], $15::text::bigint[], $16::text::bigint[], $17::text::pg_lsn[])
+     u (key, slot, status, version, buyer, currency, amount, captured, refunded, intent, items, fee, failure, created_us,
+        updated_us, lsn)
 on conflict (key) do update set
     status = excluded.status, version = excluded.version, amount_captured = excluded.amount_captured,
     amount_refunded = excluded.amount_refunded, payment_intent = excluded.payment_intent,
@@ -66,21 +61,24 @@ where excluded.version > p.version
 -- name: fill_terms
 -- An older version that came later may be the one that brings the terms, which never change.
 update oncepay.payments p set items = u.items, platform_fee = u.fee
-from unnest($1::text[], $2::text[], $3::bigint[]) u (key, items, fee)
+from unnest($1::text::text[], $2::text::text[], $3::text::bigint[]) u (key, items, fee)
 where p.key = u.key and p.items is null and u.items is not null
 
 -- name: add_history
 insert into oncepay.payment_history (key, version, slot, status, event, actor, committed_at, shard, lsn)
-select u.key, u.version, u.slot, u.status, u.event, u.actor, u.committed_at, $1, u.lsn
-from unnest($2::text[], $3::bigint[], $4::integer[], $5::text[], $6::text[], $7::text[], $8::timestamptz[], $9::pg_lsn[])
-     u (key, version, slot, status, event, actor, committed_at, lsn)
+select u.key, u.version, u.slot, u.status, u.event, u.actor, timestamptz 'epoch' + u.committed_ms * interval '1 millisecond', $1,
+       u.lsn
+from unnest($2::text::text[], $3::text::bigint[], $4::text::integer[], $5::text::text[], $6::text::text[], $7::text::text[],
+            $8::text::bigint[], $9::text::pg_lsn[])
+     u (key, version, slot, status, event, actor, committed_ms, lsn)
 on conflict (key, version) do nothing
 
 -- name: add_seller_days
 insert into oncepay.seller_days as d (seller, currency, day, shard, payments, gross, refunded, disputed, fees, net)
 select u.seller, u.currency, u.day, $1, u.payments, u.gross, u.refunded, u.disputed, u.fees,
        u.gross - u.refunded - u.disputed - u.fees
-from unnest($2::text[], $3::text[], $4::date[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[])
+from unnest($2::text::text[], $3::text::text[], $4::text::date[], $5::text::bigint[], $6::text::bigint[], $7::text::bigint[],
+            $8::text::bigint[], $9::text::bigint[])
      u (seller, currency, day, payments, gross, refunded, disputed, fees)
 on conflict (seller, currency, day, shard) do update set
     payments = d.payments + excluded.payments, gross = d.gross + excluded.gross, refunded = d.refunded + excluded.refunded,
@@ -89,13 +87,13 @@ on conflict (seller, currency, day, shard) do update set
 -- name: add_account_totals
 insert into oncepay.account_totals as t (account, currency, shard, debit, credit)
 select u.account, u.currency, $1, u.debit, u.credit
-from unnest($2::text[], $3::text[], $4::numeric[], $5::numeric[]) u (account, currency, debit, credit)
+from unnest($2::text::text[], $3::text::text[], $4::text::numeric[], $5::text::numeric[]) u (account, currency, debit, credit)
 on conflict (account, currency, shard) do update set debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
 
 -- name: add_account_days
 insert into oncepay.account_days as t (account, currency, day, kind, shard, debit, credit)
 select u.account, u.currency, u.day, u.kind, $1, u.debit, u.credit
-from unnest($2::text[], $3::text[], $4::date[], $5::text[], $6::numeric[], $7::numeric[])
+from unnest($2::text::text[], $3::text::text[], $4::text::date[], $5::text::text[], $6::text::numeric[], $7::text::numeric[])
      u (account, currency, day, kind, debit, credit)
 on conflict (account, currency, day, kind, shard) do update set
     debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
@@ -103,7 +101,7 @@ on conflict (account, currency, day, kind, shard) do update set
 -- name: add_kind_totals
 insert into oncepay.kind_totals as t (kind, currency, shard, entries, amount)
 select u.kind, u.currency, $1, u.entries, u.amount
-from unnest($2::text[], $3::text[], $4::bigint[], $5::numeric[]) u (kind, currency, entries, amount)
+from unnest($2::text::text[], $3::text::text[], $4::text::bigint[], $5::text::numeric[]) u (kind, currency, entries, amount)
 on conflict (kind, currency, shard) do update set entries = t.entries + excluded.entries, amount = t.amount + excluded.amount
 
 -- name: move_watermark

@@ -32,12 +32,12 @@ select key, entry_id, slot from oncepay.entries where key > $1 order by key, ent
 -- Of these entries, those whose sellers' postings are not what they say.
 select distinct coalesce(a.key, b.key) as key
 from (
-    select e.key, e.entry_id, s.seller, e.currency, s.amount, s.total, s.fee
+    select e.key, e.entry_id, e.created_at, s.seller, e.currency, s.amount, s.total, s.fee
     from unnest($1::text[], $2::text[]) u (key, entry_id)
     join oncepay.entries e on e.key = u.key and e.entry_id = u.entry_id
     cross join lateral oncepay.by_seller(e.accounts, e.amounts, e.sellers) s) a
 left join oncepay.seller_postings b
-    on b.seller = a.seller and b.currency = a.currency and b.key = a.key and b.entry_id = a.entry_id
+    on b.seller = a.seller and b.currency = a.currency and b.created_at = a.created_at and b.key = a.key and b.entry_id = a.entry_id
 where (b.amount, b.total, b.fee) is distinct from (a.amount, a.total, a.fee)
 
 -- name: sellers_differ

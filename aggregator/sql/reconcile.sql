@@ -45,6 +45,10 @@ where exists (select from oncepay.balance_links l where l.balance_transaction = 
 -- name: count_transactions
 select count(*) from oncepay.stripe_transactions where created_at >= $1 and created_at < $2
 
+-- name: join_in_memory
+-- Most of what is compared here is a join of a span with all links.
+set local work_mem = '64MB'
+
 -- name: unbooked
 -- Money moved at Stripe and nothing is linked to it; what came after $4 may still be on its way.
 insert into oncepay.reconciliation_differences (run, kind, transaction, source, category, currency, expected, actual)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from aggregator.fold import Sums, day_of, fold
 from oncepay.cart import Fee, Item, shares_of
 from oncepay.ledger import payable, payment_entry, stripe_fee_entry
+from tests.aggregator.database import naive_postings
 from tests.aggregator.strategies import DAY_US, FIRST_US, History, entry_row, histories, refund_row
 
 DAY = dt.date(2026, 9, 21)
@@ -69,6 +70,15 @@ def test_the_day_is_utc() -> None:
     midnight_us = 1_790_035_200_000_000
     assert day_of(midnight_us) - day_of(midnight_us - 1) == dt.timedelta(1)
     assert day_of(-1) == dt.date(1969, 12, 31)
+
+
+@given(histories())
+def test_each_entrys_postings_are_what_it_did_to_its_sellers(history: History) -> None:
+    found = {
+        (p.seller, p.entry.currency, p.entry.created_at_us, p.entry.key, p.entry.entry_id, p.entry.kind, p.amount, p.total, p.fee)
+        for p in fold(history.entries).postings
+    }
+    assert found == naive_postings(history.entries)
 
 
 @given(histories())

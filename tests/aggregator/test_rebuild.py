@@ -130,7 +130,7 @@ async def test_readers_see_the_old_until_all_is_new(aggregator_dsn: str, connect
         return bool(
             await reader.fetchval(
                 "select exists (select from pg_stat_activity where datname = current_database()"
-                " and state = 'idle in transaction' and query like 'insert into oncepay.kind_totals%')"
+                " and state = 'idle in transaction' and query ilike 'copy %payments%')"
             )
         )
 
