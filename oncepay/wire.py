@@ -69,6 +69,9 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._answer is None:
+            self._unasked()
+            return
         self._bytes += len(data)
         try:
             self._parser.feed_data(data)
@@ -85,7 +88,15 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         self.fail(error if isinstance(error, OSError) else ConnectionResetError("the connection was closed before the answer"))
 
+    def _unasked(self) -> None:
+        """Whatever comes while no request is under way would be taken for the next one's answer."""
+        self.fail(ConnectionError("an answer that nobody waits for"))
+
     # httptools' side
+
+    def on_message_begin(self) -> None:
+        if self._answer is None:
+            self._unasked()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         wanted = self._wire.wanted.get(name.lower())
@@ -103,7 +114,7 @@ class _Connection(asyncio.Protocol):
         body, self._parts, self._bytes = b"".join(self._parts), [], 0
         answer, self._answer = self._answer, None
         if answer is None or answer.done():
-            self.fail(ConnectionError("an answer that nobody waits for"))
+            self._unasked()
             return
         answer.set_result(Answer(status, body, headers))
         if self._parser.should_keep_alive():

@@ -172,14 +172,23 @@ async def test_a_connection_that_the_host_ends_is_not_used_again(opened: Opened)
     assert host.connections == 3
 
 
-async def test_what_nobody_asked_for_ends_the_connection(opened: Opened) -> None:
-    async def reply(_: bytes, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer(b"yours") + answer(b"nobody's"))
+@pytest.mark.parametrize("extra", [answer(b"nobody's"), answer(b"nobody's")[:30], b"H", b"?"])
+@pytest.mark.parametrize("later_s", [0, 0.02])
+async def test_what_nobody_asked_for_ends_the_connection(opened: Opened, extra: bytes, later_s: float) -> None:
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        yours = answer(request.split(b" ")[1])
+        if not later_s:
+            writer.write(yours + extra)
+            return
+        writer.write(yours)
+        await asyncio.sleep(later_s)
+        writer.write(extra)
 
     host, wire = await opened(reply)
-    for _ in range(2):
-        assert (await wire.ask(get("/"))).body == b"yours"
-    assert host.connections == 2
+    for number in range(3):
+        assert (await wire.ask(get(f"/{number}"))).body == f"/{number}".encode()
+        await asyncio.sleep(0.1)
+    assert host.connections == 3
 
 
 async def test_nobody_listens() -> None:
