@@ -7,6 +7,7 @@ look-up. See docs/keys.md.
 
 from __future__ import annotations
 
+import functools
 import hmac
 import re
 from binascii import Error as Base64Error
@@ -20,6 +21,8 @@ import msgspec
 from oncepay.errors import InvalidKey, MissingKey
 
 SLOTS = 65_536
+SLOTS_KNOWN_MAX = 4096
+"""Keys whose slot is remembered: a payment's is asked for up to ten times until it is settled."""
 KEY_CHARACTERS = 200
 
 ISSUED_PREFIX = "ok1_"
@@ -56,6 +59,7 @@ class MacSecrets(msgspec.Struct, frozen=True):
     added_at: float = 0.0
 
 
+@functools.lru_cache(SLOTS_KNOWN_MAX)
 def slot(key: str) -> int:
     """The key's slot, 0 to 65,535: the first 16 bits of its SHA-256. `key` is unquoted."""
     digest = sha256(key.encode()).digest()

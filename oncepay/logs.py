@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import functools
 import sys
+import time
+from collections.abc import Mapping
 from typing import BinaryIO, cast
 
 import msgspec
@@ -25,6 +28,7 @@ finally:
         del sys.modules["rich"]
 
 Logger = structlog.typing.FilteringBoundLogger
+EventDict = structlog.typing.EventDict
 
 FLUSH_S = 0.05
 """How long a line may wait for others to be written with it: a write for each line costs more than the line."""
@@ -49,13 +53,12 @@ def setup(level: str = "info", **bound: str) -> None:
 
     Lines of libraries that use `logging` come out in the same form, from WARNING up.
     """
-    structlog.contextvars.bind_contextvars(**bound)
     number = LEVELS.get(level, 20)
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
+            _Completed(bound),
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _stamped,
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(serializer=_encode),
         ],
@@ -64,6 +67,30 @@ def setup(level: str = "info", **bound: str) -> None:
         cache_logger_on_first_use=True,
     )
     _join_stdlib()
+
+
+class _Completed:
+    """Adds what every line of the process carries."""
+
+    def __init__(self, bound: Mapping[str, str]) -> None:
+        self._bound = bound
+
+    def __call__(self, _logger: object, _method: str, event: EventDict) -> EventDict:
+        for name, value in self._bound.items():
+            event.setdefault(name, value)
+        return event
+
+
+def _stamped(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """With the moment, as RFC 3339 in UTC to the microsecond."""
+    second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    event["timestamp"] = f"{_second(second)}.{nanoseconds // 1000:06d}Z"
+    return event
+
+
+@functools.lru_cache(4)
+def _second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class _Lines:

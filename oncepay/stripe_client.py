@@ -1,4 +1,4 @@
-"""The one way to Stripe: the `stripe` package over aiohttp, with answers as typed views.
+"""The one way to Stripe: the `stripe` package's retries over kept connections, with answers as typed views.
 
 Retries and their pauses are the library's; its tree of objects is left out.
 Calls are bounded in number and time. What comes back is a view of the PaymentIntent, or one of three errors: a decline,
@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import TypeVar
 from urllib.parse import quote
 
-import aiohttp
 import msgspec
 import stripe
 from prometheus_client import Counter, Histogram
@@ -27,7 +26,7 @@ from oncepay.deadlines import Deadlines
 from oncepay.errors import OncepayError, StripeUnavailable
 from oncepay.payment import DisputeView, Failure, IntentView, RefundView
 from oncepay.settings import StripeSettings
-from oncepay.stripe_http import Answer, StripeHttp
+from oncepay.stripe_http import REPLAYED, StripeHttp
 from oncepay.stripe_objects import (
     BankPayoutList,
     ChargeObject,
@@ -44,6 +43,7 @@ from oncepay.stripe_objects import (
     RefundObject,
     failure_of,
 )
+from oncepay.wire import Answer
 
 CONCURRENCY_MAX = 128
 DEADLINE_S = 60.0
@@ -95,19 +95,16 @@ class StripeGateway:
         self._slots = asyncio.Semaphore(CONCURRENCY_MAX)
         self._http: StripeHttp | None = None
         self._deadlines = Deadlines()
-        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> StripeGateway:
         secure = self._settings.base_url.startswith("https")
-        context = ssl.create_default_context(cafile=stripe.ca_bundle_path) if secure else False
-        connector = aiohttp.TCPConnector(limit=CONCURRENCY_MAX, ssl=context, keepalive_timeout=30)
-        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-        self._http = StripeHttp(self._settings, self._session, self._budget)
+        context = ssl.create_default_context(cafile=stripe.ca_bundle_path) if secure else None
+        self._http = StripeHttp(self._settings, self._budget, context)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if self._session is not None:
-            await self._session.close()
+        if self._http is not None:
+            await self._http.close()
 
     async def create(self, parameters: Mapping[str, object], idempotency_key: str, api_version: str) -> IntentView:
         """Create a PaymentIntent, unconfirmed. Raises StripeRefused or StripeUnavailable."""
@@ -238,7 +235,7 @@ class StripeGateway:
         started_s = time.monotonic()
         try:
             answer = await self._deadlines.within(DEADLINE_S, self._http.ask(method, path, parameters, **options))
-        except (stripe.StripeError, aiohttp.ClientError, TimeoutError) as error:  # no answer, or one that broke off
+        except (stripe.StripeError, TimeoutError) as error:  # no answer, or one that broke off
             _calls(call, StripeUnavailable.slug).inc()
             raise StripeUnavailable(f"{path}: {error!r}") from error
         finally:
@@ -283,7 +280,7 @@ def failure_from(answer: Answer) -> OncepayError:
         return Declined(failure, charge, error.payment_intent.view() if error.payment_intent else None)
     if error is not None and answer.status in {400, 404} and not other_parameters and error.code != "rate_limit":
         return StripeRefused(error)
-    if answer.replayed or (other_parameters and answer.status in {400, 404}):
+    if answer.headers.get(REPLAYED, "").lower() == "true" or (other_parameters and answer.status in {400, 404}):
         return StripeStored(text)
     return StripeUnavailable(text)
 

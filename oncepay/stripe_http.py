@@ -1,95 +1,122 @@
-"""Requests to Stripe as they go over the wire: forms, headers, and the `stripe` package's own transport with its retries.
+"""Requests to Stripe as they go over the wire: forms, headers, and the `stripe` package's retries.
 
 The package's `raw_request` reads every answer into ordered dictionaries and writes two log lines that nobody sees, which
-costs more than the request itself. So its transport is called directly: what is sent, when it is sent again and how long
-it pauses stay the package's; bodies are read once, by whoever knows their type.
+costs more than the request itself, and its transports cost as much again. So of the package only its retries are used: when a
+request is sent again and how long it pauses. A request is made once, as bytes, and goes over `oncepay.wire`; bodies are read
+once, by whoever knows their type.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import re
+import ssl
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Mapping, Sequence
 from urllib.parse import quote_plus, urlsplit
 
-import aiohttp
 import stripe
 
 from oncepay.budget import Budget
 from oncepay.settings import StripeSettings
+from oncepay.wire import Answer, Wire
 
 RETRIES_MAX = 2
+REPLAYED = "idempotent-replayed"
+HEADERS = ("stripe-should-retry", REPLAYED)
+"""What is read of an answer's headers; by the first one Stripe tells the package whether to send it again."""
+
+_UNQUOTED = re.compile(r"[A-Za-z0-9_.~-]*").fullmatch
 
 stripe.enable_telemetry = False  # durations of earlier calls, in a header of each call
 
 
-class Answer(NamedTuple):
-    """What came back, whatever it says. Header names in any case."""
+class _Transport(stripe.HTTPClient):
+    """The package's retries over `Wire`. Every request (retries too) takes its turn in the rate budget first."""
 
-    status: int
-    body: bytes
-    headers: Mapping[str, str]
+    name = "oncepay"
 
-    @property
-    def replayed(self) -> bool:
-        """Whether Stripe has answered this idempotency key before."""
-        return self.headers.get("Idempotent-Replayed", "").lower() == "true"
-
-
-class _Paced(stripe.AIOHTTPClient):
-    """The package's transport, whose every request (retries too) takes its turn in the rate budget first."""
-
-    def __init__(self, budget: Budget | None, timeout: aiohttp.ClientTimeout, session: aiohttp.ClientSession) -> None:
-        super().__init__(timeout=timeout, session=session)
+    def __init__(self, budget: Budget | None, wire: Wire) -> None:
+        super().__init__()
         self._budget = budget
+        self._wire = wire
 
     async def request_async(
         self, method: str, url: str, headers: Mapping[str, str], post_data: object = None
     ) -> tuple[bytes, int, Mapping[str, str]]:
+        """`url` is the path alone, `post_data` the whole request as it goes over the wire."""
+        assert isinstance(post_data, bytes)
         if self._budget is not None:
-            await self._budget.take(method, urlsplit(url).path)
-        return await super().request_async(method, url, headers, post_data)
+            await self._budget.take(method, url)
+        try:
+            answer = await self._wire.ask(post_data)
+        except OSError as error:
+            raise stripe.APIConnectionError(repr(error), should_retry=True) from error  # type: ignore[no-untyped-call]
+        return answer.body, answer.status, answer.headers
+
+    def sleep_async(self, secs: float) -> Awaitable[None]:
+        return asyncio.sleep(secs)
 
 
 class StripeHttp:
-    """Sends requests to one account over `session`."""
+    """Sends requests to one account. Open it in a running loop; `secure` is the TLS context where the URL is https."""
 
-    def __init__(self, settings: StripeSettings, session: aiohttp.ClientSession, budget: Budget | None) -> None:
-        timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
-        self._transport = _Paced(budget, timeout, session)
-        self._base_url = settings.base_url
+    def __init__(self, settings: StripeSettings, budget: Budget | None, secure: ssl.SSLContext | None) -> None:
+        url = urlsplit(settings.base_url)
+        port = url.port or (443 if secure else 80)
+        self._wire = Wire(url.hostname or "", port, secure=secure, timeout_s=settings.timeout_s, headers=HEADERS)
+        self._transport = _Transport(budget, self._wire)
+        self._base_path = url.path.rstrip("/")
         self._api_version = settings.api_version
-        self._headers = {
-            "Authorization": f"Bearer {settings.api_key}",
-            "User-Agent": f"Stripe/v1 PythonBindings/{stripe.VERSION}",
-        }
+        agent = f"Stripe/v1 PythonBindings/{stripe.VERSION}"
+        self._head = (
+            f" HTTP/1.1\r\nHost: {url.netloc.rpartition('@')[2]}\r\nAuthorization: Bearer {settings.api_key}\r\n"
+            f"User-Agent: {agent}\r\nAccept: */*\r\nStripe-Version: "
+        )
+
+    async def close(self) -> None:
+        """End all connections."""
+        await self._wire.close()
 
     async def ask(
         self, method: str, path: str, parameters: Mapping[str, object], *, idempotency_key: str = "", api_version: str = ""
     ) -> Answer:
         """One request with the package's retries. A post without an idempotency key gets one, so that these are safe.
 
-        Raises stripe.APIConnectionError without an answer, aiohttp.ClientError when the body breaks off.
+        Raises stripe.APIConnectionError without a whole answer, ValueError for what can't stand in a request's head.
         """
-        url, data = self._base_url + path, None
-        headers = {**self._headers, "Stripe-Version": api_version or self._api_version}
+        version = api_version or self._api_version
         if method == "post":
-            data = form(parameters)
-            headers["Idempotency-Key"] = idempotency_key or str(uuid.uuid4())
-            headers["Content-Type"] = "application/x-www-form-urlencoded"
-        elif parameters:
-            url = f"{url}?{form(parameters)}"
+            key, data = idempotency_key or str(uuid.uuid4()), form(parameters)
+            _check(path, version, key)
+            request = (
+                f"POST {self._base_path}{path}{self._head}{version}\r\nIdempotency-Key: {key}\r\n"
+                f"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {len(data)}\r\n\r\n{data}"
+            )
+        else:
+            _check(path, version)
+            query = f"?{form(parameters)}" if parameters else ""
+            request = f"GET {self._base_path}{path}{query}{self._head}{version}\r\n\r\n"
         body, status, answered = await self._transport.request_with_retries_async(
-            method, url, headers, data, max_network_retries=RETRIES_MAX
+            method, path, {}, request.encode("ascii"), max_network_retries=RETRIES_MAX
         )
         return Answer(status, body, answered)
 
 
+def _check(*words: str) -> None:
+    """Raises ValueError for a word that would end where it mustn't, in a request's first line or in a header."""
+    for word in words:
+        if not (word.isascii() and word.isprintable()) or " " in word:
+            raise ValueError(f"{word!r} can't stand in a request to Stripe")
+
+
 def form(parameters: Mapping[str, object]) -> str:
-    """Parameters as Stripe reads them: members as `a[b]`, items of lists as `a[0]`, booleans in lower case."""
-    pairs = [pair for name, value in parameters.items() for pair in _pairs(name, value)]
-    return "&".join([f"{_quoted_name(name)}={quote_plus(value)}" for name, value in pairs])
+    """Parameters as Stripe reads them: members as `a[b]`, items of lists as `a[0]`, booleans in lower case. ASCII."""
+    pairs: list[str] = []
+    for name, value in parameters.items():
+        _add(pairs, name, value)
+    return "&".join(pairs)
 
 
 @functools.lru_cache(1024)
@@ -97,12 +124,22 @@ def _quoted_name(name: str) -> str:
     return quote_plus(name)
 
 
-def _pairs(name: str, value: object) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
+def _quoted(value: str) -> str:
+    return value if _UNQUOTED(value) else quote_plus(value)
+
+
+def _add(pairs: list[str], name: str, value: object) -> None:
+    if isinstance(value, str):
+        pairs.append(f"{_quoted_name(name)}={_quoted(value)}")
+    elif isinstance(value, bool):
+        pairs.append(f"{_quoted_name(name)}={'true' if value else 'false'}")
+    elif isinstance(value, int):
+        pairs.append(f"{_quoted_name(name)}={value}")
+    elif isinstance(value, Mapping):
         for key, member in value.items():
-            yield from _pairs(f"{name}[{key}]", member)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+            _add(pairs, f"{name}[{key}]", member)
+    elif isinstance(value, Sequence):
         for index, item in enumerate(value):
-            yield from _pairs(f"{name}[{index}]", item)
+            _add(pairs, f"{name}[{index}]", item)
     elif value is not None:
-        yield name, str(value).lower() if isinstance(value, bool) else str(value)
+        pairs.append(f"{_quoted_name(name)}={_quoted(str(value))}")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import time
 from collections.abc import Mapping
+from email.utils import formatdate
 from typing import Any, TypeVar
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import SERVER_SOFTWARE
 
 from oncepay.errors import BodyTooLarge, MalformedBody, NotFound, OncepayError
 
 T = TypeVar("T")
 
 PROBLEM_JSON = "application/problem+json"
+
+_USUAL = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 
 _AT = re.compile(r" - at `\$\.?(?P<path>.*)`$")
 _NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<name>[^`]*)`")
@@ -35,9 +42,52 @@ class BadRequest(OncepayError):
     slug = "bad-request"
 
 
+class WholeResponse(web.Response):
+    """An answer whose body is there before its first byte is sent. To a usual request it goes out as one piece.
+
+    aiohttp prepares each answer for bodies in pieces, compression, cookies and hooks, which costs as much as a small handler.
+    What is not usual (HTTP/1.0, HEAD, a connection that is to be closed) goes its way.
+    """
+
+    _to: AbstractStreamWriter | None = None
+
+    @property
+    def prepared(self) -> bool:
+        return self._to is not None or super().prepared
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return True if self._to is not None else super().keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        usual = request.version == HttpVersion11 and request.keep_alive and request.method in _USUAL
+        if not usual or self.prepared or super().keep_alive is False:
+            return await super().prepare(request)
+        self._to = request.writer
+        return self._to
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        if self._to is None:
+            await super().write_eof(data)
+            return
+        body = self.body
+        assert isinstance(body, bytes)
+        lines = [f"HTTP/1.1 {self.status} {self.reason}", *[f"{name}: {value}" for name, value in self.headers.items()]]
+        head = "\r\n".join(lines)
+        if head.count("\r") + head.count("\n") != 2 * len(lines) - 2:
+            raise ValueError("a header's value can't hold the end of a line")
+        head = f"{head}\r\nContent-Length: {len(body)}\r\nDate: {_date(int(time.time()))}\r\nServer: {SERVER_SOFTWARE}\r\n\r\n"
+        await self._to.write(head.encode() + body)
+
+
+@functools.lru_cache(4)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
+
+
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """An answer with `body` (anything that msgspec encodes) as JSON."""
-    return web.Response(body=_encode(body), status=status, headers=headers, content_type="application/json")
+    return WholeResponse(body=_encode(body), status=status, headers=headers, content_type="application/json")
 
 
 def problem_response(

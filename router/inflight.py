@@ -90,7 +90,9 @@ class InFlight:
             waiting = self._waiting.setdefault(payment.key, set())
             waiting.add(future)
             try:
-                payment = await self._deadlines.within(min(left_s, LOOK_AGAIN_S), future)
+                moved = await self._deadlines.within(min(left_s, LOOK_AGAIN_S), future)
+                if moved.version > payment.version:  # else a move that was committed before what is waited for, told late
+                    payment = moved
             except TimeoutError:
                 payment = await self._read(payment)
             finally:

@@ -102,7 +102,8 @@ class PaymentCalls:
         return await self._answer(request, row, created=False)
 
     async def _answer(self, request: web.Request, row: Payment, *, created: bool) -> web.Response:
-        row = await self._in_flight.wait(row, wait_s(request))
+        if seconds := wait_s(request):
+            row = await self._in_flight.wait(row, seconds)
         headers = {} if created else {"Idempotent-Replayed": "true"}
         if not row.settled:
             headers["Location"] = location(row.key)

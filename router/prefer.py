@@ -13,6 +13,7 @@ from oncepay.keys import check_characters
 
 WAIT_DEFAULT_S = 10.0
 WAIT_MAX_S = 60.0
+_UNQUOTED = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 _WAIT = re.compile(r"(?:^|[,;\s])wait=(\d+(?:\.\d+)?)")
 
 
@@ -38,4 +39,4 @@ def key_in_path(request: web.Request) -> str:
 
 def location(key: str) -> str:
     """The path of a payment."""
-    return f"/v1/payments/{quote(key, safe='')}"
+    return f"/v1/payments/{key if _UNQUOTED(key) else quote(key, safe='')}"

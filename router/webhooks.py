@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import msgspec
@@ -44,6 +46,13 @@ UNNAMED = Counter("oncepay_router_money_without_row_total", "PaymentIntents that
 
 EVENTS = Counter("oncepay_router_webhooks_total", "Webhook events of Stripe's.", ["type", "outcome"])
 
+_verify = stripe.WebhookSignature.verify_header  # the package looks each of its names up anew
+
+
+@functools.cache
+def _events(type_: str, outcome: str) -> Counter:
+    return EVENTS.labels(type_, outcome)
+
 
 class Secrets:
     """The endpoint's signing secrets, one a file (several while one is rolled), read again when they are old."""
@@ -69,7 +78,7 @@ class Finished:
     """
 
     def __init__(self) -> None:
-        self._rows: dict[str, Payment] = {}
+        self._rows: OrderedDict[str, Payment] = OrderedDict()  # a dict looks for its first member past all that were deleted
 
     def moved(self, payment: Payment) -> None:
         """A row that was committed."""
@@ -77,7 +86,7 @@ class Finished:
         if payment.terminal and not payment.open_work:
             self._rows[payment.key] = payment
             if len(self._rows) > FINISHED_MAX:
-                del self._rows[next(iter(self._rows))]
+                self._rows.popitem(last=False)
 
     def get(self, key: str) -> Payment | None:
         """The row, if it is remembered."""
@@ -103,7 +112,7 @@ class StripeWebhooks:
             raise MalformedBody(f"not an event: {error}") from None
         known = event.type in HANDLED
         outcome = await self._handle(event) if known else "ignored"
-        EVENTS.labels(event.type if known else "other", outcome).inc()
+        _events(event.type if known else "other", outcome).inc()
         return json_response({"received": True, "outcome": outcome})
 
     def _check(self, body: bytes, header: str) -> None:
@@ -113,7 +122,7 @@ class StripeWebhooks:
         text = body.decode("utf-8", "replace")
         for secret in secrets:
             try:
-                stripe.WebhookSignature.verify_header(text, header, secret, TOLERANCE_S)
+                _verify(text, header, secret, TOLERANCE_S)
             except stripe.SignatureVerificationError:
                 continue
             return

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
 import asyncpg
@@ -200,13 +200,13 @@ class Batcher:
             connection.terminate()  # one that was opened meanwhile
         self._fail(list(self._waiting), ShardUnavailable(f"{self.shard}: this process ends"))
 
-    async def put(self, put: Put) -> Answer:
+    def put(self, put: Put) -> Awaitable[Answer]:
         """Commit a row. Raises NotOwner, OutcomeUnknown, ShardUnavailable or TooBusy."""
-        return await self._submit(_Operation(asyncio.get_running_loop().create_future(), put=put))
+        return self._submit(_Operation(asyncio.get_running_loop().create_future(), put=put))
 
-    async def get(self, key: str, *, entries: bool = False) -> Answer:
+    def get(self, key: str, *, entries: bool = False) -> Awaitable[Answer]:
         """The row of `key` behind the barrier: what is answered here can't be erased by a failover."""
-        return await self._submit(_Operation(asyncio.get_running_loop().create_future(), key=key, entries=entries))
+        return self._submit(_Operation(asyncio.get_running_loop().create_future(), key=key, entries=entries))
 
     async def by_intent(self, intent: str) -> Payment | None:
         """The row that names the PaymentIntent, if it is on this shard, behind the barrier."""

@@ -111,31 +111,20 @@ class Shards:
         event = f"{event} {next(self._events)}"
         put = Put(payment, 0, event)
 
-        async def attempt(batcher: Batcher) -> tuple[Payment, bool]:
-            answer = await batcher.put(put)
-            if answer.outcome == "done":
-                return payment, True
-            assert answer.payment is not None
-            return answer.payment, answer.event == event  # a commit of ours whose outcome was unknown
-
-        return await self._held(payment.key, attempt)
+        answer = await self._held(payment.key, lambda batcher: batcher.put(put))
+        if answer.outcome == "done":
+            return payment, True
+        assert answer.payment is not None
+        return answer.payment, answer.event == event  # a commit of ours whose outcome was unknown
 
     async def get(self, key: str) -> Payment | None:
         """The row of `key`, behind the barrier."""
-
-        async def attempt(batcher: Batcher) -> Payment | None:
-            return (await batcher.get(key)).payment
-
-        return await self._held(key, attempt)
+        return (await self._held(key, lambda batcher: batcher.get(key))).payment
 
     async def get_with_entries(self, key: str) -> tuple[Payment, tuple[EntryView, ...]] | None:
         """The row of `key` and its ledger entries, oldest first, from one snapshot behind the barrier."""
-
-        async def attempt(batcher: Batcher) -> tuple[Payment, tuple[EntryView, ...]] | None:
-            answer = await batcher.get(key, entries=True)
-            return (answer.payment, answer.entries) if answer.payment else None
-
-        return await self._held(key, attempt)
+        answer = await self._held(key, lambda batcher: batcher.get(key, entries=True))
+        return (answer.payment, answer.entries) if answer.payment else None
 
     async def by_intent(self, intent: str) -> Payment | None:
         """The row that names a PaymentIntent, on whichever shard it is. Raises ShardUnavailable or OutcomeUnknown."""
@@ -207,10 +196,10 @@ class Shards:
         after = replace(moved_payment, version=payment.version + 1, updated_at_ms=now_ms)
         return Put(after, payment.version, event, entries, links)
 
-    async def _held(self, key: Key | str, attempt: Callable[[Batcher], Awaitable[T]]) -> T:
+    def _held(self, key: Key | str, attempt: Callable[[Batcher], Awaitable[T]]) -> Awaitable[T]:
         """Run `attempt` on the shard that owns `key`, held as `hold` holds."""
         slot = slot_of(key)
-        return await self.hold(lambda: attempt(self.batcher(self.maps.current.range_of(slot).shard)))
+        return self.hold(lambda: attempt(self.batcher(self.maps.current.range_of(slot).shard)))
 
     async def hold(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Run `attempt`, and again after moves, failovers and unknown outcomes, for HOLD_S at most; then raise what it raised.

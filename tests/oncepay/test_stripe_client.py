@@ -11,6 +11,7 @@ from aiohttp import web
 from oncepay.errors import OncepayError, StripeUnavailable
 from oncepay.settings import StripeSettings
 from oncepay.stripe_client import Declined, StripeGateway, StripeRefused, StripeStored
+from oncepay.stripe_http import form
 
 
 def error(type_: str, code: str = "") -> bytes:
@@ -68,3 +69,28 @@ async def test_what_an_answer_means(gateway: StripeGateway, what: str) -> None:
     with pytest.raises(OncepayError) as caught:
         await gateway.confirm("pi_1", {"payment_method": "pm_card_visa"}, "key", StripeSettings().api_version)
     assert type(caught.value) is ANSWERS[what][3]
+
+
+def test_a_form_is_as_stripe_reads_it() -> None:
+    parameters = {
+        "amount": 4201,
+        "automatic_payment_methods": {"enabled": True, "allow_redirects": "never"},
+        "metadata": {"oncepay_key": "ok1_a-B~.", "naïve [x]": "a b&c=d/é"},
+        "expand": ["latest_charge.balance_transaction"],
+        "left_out": None,
+        "empty": "",
+    }
+    assert form(parameters) == (
+        "amount=4201&automatic_payment_methods%5Benabled%5D=true&automatic_payment_methods%5Ballow_redirects%5D=never"
+        "&metadata%5Boncepay_key%5D=ok1_a-B~.&metadata%5Bna%C3%AFve+%5Bx%5D%5D=a+b%26c%3Dd%2F%C3%A9"
+        "&expand%5B0%5D=latest_charge.balance_transaction&empty="
+    )
+
+
+@pytest.mark.parametrize("word", ["a b", "a\r\nX-Other: 1", "é", "a\x00"])
+async def test_nothing_can_be_smuggled_into_a_request(word: str) -> None:
+    async with StripeGateway(StripeSettings(base_url="http://127.0.0.1:1", api_key="sk_test_x")) as gateway:
+        with pytest.raises(ValueError, match="can't stand"):
+            await gateway.confirm(word, {}, "key", "2026-01-01")
+        with pytest.raises(ValueError, match="can't stand"):
+            await gateway.confirm("pi_1", {}, word, "2026-01-01")
