@@ -7,8 +7,10 @@ ARGS ?=
 # With ARGS="-k name" one half of the suite may have no such test: pytest's exit code 5.
 NONE_IS_FINE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
+WITH_PROCESSES := tests/deploy tests/keygen tests/sandbox
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check check-code check-units fmt up down bench load faults soak docs clean
+.PHONY: help install demo test check check-code check-core check-processes fmt up down bench load faults soak docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -28,7 +30,7 @@ test: $(STAMP) check ## the whole test suite, on real Postgres, etcd and Patroni
 	$(BIN)/python -m pytest -q -m "cluster and not faults" $(ARGS) $(NONE_IS_FINE)
 
 check: $(STAMP) ## the fast part: lint, types, import rules, tests that need no cluster
-	@$(MAKE) --no-print-directory -j2 --output-sync=target check-code check-units
+	@$(MAKE) --no-print-directory -j3 --output-sync=target check-core check-code check-processes
 
 check-code: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,8 +38,12 @@ check-code: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 
-check-units: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not cluster and not faults" $(ARGS) $(NONE_IS_FINE)
+# Side by side: tests that start processes and wait for them, and all others.
+check-processes: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not cluster and not faults" $(WITH_PROCESSES) $(ARGS) $(NONE_IS_FINE)
+
+check-core: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not cluster and not faults" $(WITH_PROCESSES:%=--ignore=%) $(ARGS) $(NONE_IS_FINE)
 
 fmt: $(STAMP) ## format the code
 	$(BIN)/ruff check --fix .
