@@ -32,13 +32,13 @@ assert WATCHDOG_TIMEOUT_S > LOOP_WAIT_S + 2 * RETRY_TIMEOUT_S, "a slow etcd woul
 
 @dataclass(frozen=True)
 class Credential:
-    """A Postgres role, or a user of Patroni's REST API, with its password."""
+    """A Postgres role, or a user of Patroni's REST API, with its password. Without one Patroni takes it from its environment."""
 
     username: str
-    password: str
+    password: str = ""
 
     def as_dict(self) -> dict[str, str]:
-        return {"username": self.username, "password": self.password}
+        return {"username": self.username} | ({"password": self.password} if self.password else {})
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Tuning:
 @dataclass(frozen=True)
 class Node:
     """One node of a shard. `watchdog` is the named pipe that its wrapper reads, or a watchdog device.
+
+    `host` is what others reach it by, `listen` the address that it listens on where that is another.
 
     `archive` is the folder of the shard's log, the same for all of its nodes; None: it is not archived. `restore` names the plan
     (`deploy/restore.py`) of a shard that is made from a backup; once made it is a shard like others.
@@ -85,6 +87,7 @@ class Node:
     tuning: Tuning = field(default_factory=Tuning)
     archive: Path | None = None
     restore: Path | None = None
+    listen: str = ""
 
 
 ARCHIVE_SCRIPT = Path(__file__).resolve().with_name("archive.py")
@@ -162,10 +165,10 @@ def configuration(node: Node) -> dict[str, object]:
         "name": node.name,
         "log": {"level": "INFO", "deduplicate_heartbeat_logs": True},
         "restapi": {
-            "listen": f"{node.host}:{node.rest_port}",
+            "listen": f"{node.listen or node.host}:{node.rest_port}",
             "connect_address": f"{node.host}:{node.rest_port}",
-            "authentication": node.rest.as_dict(),
-        },
+        }
+        | ({"authentication": node.rest.as_dict()} if node.rest.password else {}),
         "etcd3": {"hosts": list(node.etcd_hosts)},
         "bootstrap": {
             "dcs": {
@@ -184,7 +187,7 @@ def configuration(node: Node) -> dict[str, object]:
             **_bootstrap_method(node),
         },
         "postgresql": {
-            "listen": f"{node.host}:{node.postgres_port}",
+            "listen": f"{node.listen or node.host}:{node.postgres_port}",
             "connect_address": f"{node.host}:{node.postgres_port}",
             "data_dir": str(node.data_dir),
             "bin_dir": str(node.bin_dir),
