@@ -154,7 +154,7 @@ async def test_a_batch_that_met_a_lock_timeout_is_held_and_made_again(
         await store.accept(make())
         refused = batch.BATCHES.labels(SHARD, "error")._value.get()
         async with leader.transaction():
-            await leader.execute("select pg_advisory_xact_lock(1, 0)")
+            await leader.execute("select pg_advisory_xact_lock(1, first) from oncepay.ranges")
             calls = [task(store.accept(payment)) for payment in payments]
             await eventually(lambda: batch.BATCHES.labels(SHARD, "error")._value.get() > refused, "a batch was refused")
             assert not any(call.done() for call in calls)

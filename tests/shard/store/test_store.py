@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from deploy.local import Cluster
 from oncepay.errors import InvalidField, ShardUnavailable
 from oncepay.etcd import Etcd
+from oncepay.keys import slot
 from oncepay.payment import Charge, IntentView, Payment, Status
 from oncepay.payment_text import terms_text
 from oncepay.ports import StaleView
@@ -117,27 +118,29 @@ async def test_a_write_that_meets_the_fence_is_not_committed_behind_it(
 ) -> None:
     """The interleaving: a write waits for the range's lock while the fence takes the range away under it."""
     payment = make()
+    first = store.maps.current.range_of(slot(payment.key)).first  # moves may have split the shard's slots
     fence = leader.transaction()
     await fence.start()
-    await leader.execute("select pg_advisory_xact_lock(1, 0)")
+    await leader.execute("select pg_advisory_xact_lock(1, $1)", first)
     waiting = asyncio.create_task(store.accept(payment))
     for _ in range(200):
         blocked = await leader.fetchval(
             "select count(*) from pg_locks join pg_stat_activity using (pid) where locktype = 'advisory' and classid = 1"
-            " and objid = 0 and not granted and application_name = 'test'"
+            " and objid = $1::integer::oid and not granted and application_name = 'test'",
+            first,
         )
         if blocked:
             break
         await asyncio.sleep(0.02)
     assert blocked == 1
-    await leader.execute("delete from oncepay.ranges where first = 0")
+    taken = await leader.fetchrow("delete from oncepay.ranges where first = $1 returning first, last, map_version", first)
     await fence.commit()
     try:
         await asyncio.sleep(0.3)
         assert not waiting.done()  # refused by the database, held by the store
         assert await leader.fetchval("select count(*) from oncepay.payments where key = $1", payment.key) == 0
     finally:
-        await leader.execute("insert into oncepay.ranges values (0, 32767, 2)")
+        await leader.execute("insert into oncepay.ranges values ($1, $2, $3)", *taken)
     row, created = await waiting
     assert created
     assert row.key == payment.key
