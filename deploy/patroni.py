@@ -45,7 +45,7 @@ class Credential:
 class Tuning:
     """Sizes that depend on the machine. The defaults fit a laptop that runs six nodes."""
 
-    shared_buffers: str = "256MB"
+    shared_buffers: str = "128MB"
     """The pages of the indexes that payments touch at random (some 130 bytes for each payment that is there) should fit in."""
     max_wal_size: str = "1GB"
     """How much log lies between two checkpoints at most: after each, a page goes into the log whole when it is first touched."""

@@ -7,7 +7,6 @@ everything until after the taker's were read, and everything that was being comm
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
@@ -22,7 +21,6 @@ KEYS_AT_ONCE = 2_000
 SETTLE_S = 60.0
 """How long keys that keep changing are looked at again."""
 APPLIED_S = 30.0
-VISIBLE_PAUSE_S = 0.02
 NAMED_MAX = 50
 """Differences that are named; more are only counted."""
 
@@ -126,28 +124,14 @@ class Comparer:
             left = [key for key in left if before.get(key) != there.get(key)]
             if not left:
                 break
-            await self._until_visible(deadline_s)
+            # A stream sends what is in the log, also a commit that still waits for its standbys: the taker can be ahead.
+            await self._giver.until_visible(deadline_s - time.monotonic())
             after = await self._of_keys(self._giver, left)
             found += [self._named(key, after.get(key), there.get(key)) for key in left if before.get(key) == after.get(key)]
             left = [key for key in left if before.get(key) != after.get(key)]
             if left and time.monotonic() > deadline_s:
                 raise MoveStopped(f"{len(left)} payments changed for {SETTLE_S:.0f} s without a break, such as {left[0][1]}")
         return found
-
-    async def _until_visible(self, deadline_s: float) -> None:
-        """Wait until all that had a transaction's number at the giver by now has ended there.
-
-        A stream sends what is in the log, also a commit that still waits for its standbys and that the giver doesn't show yet:
-        so the taker can be ahead of what is read at the giver.
-        """
-        row = await self._giver.one("select pg_current_xact_id()::text::bigint as number")
-        assert row is not None
-        while True:
-            seen = await self._giver.one("select pg_snapshot_xmin(pg_current_snapshot())::text::bigint as oldest")
-            assert seen is not None
-            if seen["oldest"] > row["number"] or time.monotonic() > deadline_s:
-                return
-            await asyncio.sleep(VISIBLE_PAUSE_S)
 
     def _named(self, key: Key, giver: tuple[Digest, ...] | None, taker: tuple[Digest, ...] | None) -> str:
         parts = []

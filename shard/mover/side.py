@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from shard.store.leader import Leaders, Node
 
 LEADER_S = 10.0
 CONNECT_S = 5.0
+VISIBLE_PAUSE_S = 0.02
 ROLE = "oncepay_mover"
 
 _LOST = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -157,6 +159,21 @@ class Side:
         row = await self.one("select pg_current_wal_insert_lsn() as lsn")
         assert row is not None
         return int(row["lsn"])
+
+    async def until_visible(self, timeout_s: float) -> None:
+        """Return when all that had a transaction's number by now has ended, or after `timeout_s`.
+
+        A commit that waits for its standbys is in the log, and in a subscription's progress, before anybody here sees it.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        row = await self.one("select pg_current_xact_id()::text::bigint as number")
+        assert row is not None
+        while True:
+            seen = await self.one("select pg_snapshot_xmin(pg_current_snapshot())::text::bigint as oldest")
+            assert seen is not None
+            if seen["oldest"] > row["number"] or time.monotonic() > deadline_s:
+                return
+            await asyncio.sleep(VISIBLE_PAUSE_S)
 
     async def timeline(self) -> int:
         """The leader's timeline: it grows with every failover."""

@@ -140,7 +140,10 @@ class Stream:
         await self.giver.commit("update oncepay.move_marks set beat = beat + 1 where stream = $1 returning beat", self.name)
 
     async def applied(self, position: int, timeout_s: float) -> None:
-        """Return when the taker has replayed all up to `position`. Raises StreamLost or MoveStopped when it doesn't come."""
+        """Return when the taker has replayed all up to `position`, and shows it.
+
+        Raises StreamLost or MoveStopped when it doesn't come.
+        """
         began_s = marked_s = time.monotonic()
         errors = await self.errors()
         await self.mark()
@@ -156,6 +159,7 @@ class Stream:
                 marked_s = now_s
                 await self.mark()
             await asyncio.sleep(APPLIED_PAUSE_S)
+        await self.taker.until_visible(timeout_s - (time.monotonic() - began_s))
 
     # Unmaking
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cluster
 TEXT = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=8)
 INT8 = st.integers(-(1 << 63), (1 << 63) - 1)
 ROW = st.tuples(
-    TEXT, TEXT | st.none(), st.integers(-(1 << 31), (1 << 31) - 1), INT8, INT8 | st.none(), st.integers(0, (1 << 64) - 1),
+    TEXT, TEXT | st.none(), st.integers(-(1 << 31), (1 << 31) - 1), INT8, INT8 | st.none(), st.integers(0, (1 << 63) - 1),
     st.integers(0, 4_000_000_000_000_000), st.lists(TEXT, max_size=3), st.lists(INT8, max_size=3),
 )  # fmt: skip
 TABLE = "create temp table copied (a text, b text, c integer, d bigint, e bigint, f pg_lsn, g timestamptz, h text[], i bigint[])"

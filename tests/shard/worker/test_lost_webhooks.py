@@ -12,7 +12,7 @@ from deploy.local import Cluster
 from oncepay.client import Oncepay
 from tests.faults.witness import misbehaving
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(200)]
 
 COUNT = 150
 PROCESSING_S = 2.0
