@@ -89,6 +89,7 @@ async def auditing(cluster: Cluster, dsn: str) -> AsyncIterator[Audit]:
             await shards.stop()
 
 
+@pytest.mark.faults
 async def test_a_cluster_agrees_and_an_aggregator_that_lost_entries_does_not(
     cluster: Cluster, aggregator_dsn: str, connection: asyncpg.Connection, tmp_path: object
 ) -> None:

@@ -7,7 +7,7 @@ import io
 
 import asyncpg
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregator import copying
@@ -27,7 +27,7 @@ TABLE = "create temp table copied (a text, b text, c integer, d bigint, e bigint
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
-@REAL
+@settings(REAL, max_examples=15)
 @given(rows=st.lists(ROW, min_size=1, max_size=5))
 async def test_what_is_copied_is_what_was_meant(connection: asyncpg.Connection, rows: list[tuple[object, ...]]) -> None:
     encoders = (

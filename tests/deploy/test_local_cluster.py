@@ -215,7 +215,9 @@ def test_a_killed_postmaster_gives_way_and_nothing_is_lost(data_cluster: Cluster
     until(lambda: is_whole(data_cluster), 60)
 
 
-@pytest.mark.parametrize("all_at_once", [True, False], ids=["everything", "supervisor alone"])
+@pytest.mark.parametrize(
+    "all_at_once", [True, pytest.param(False, marks=pytest.mark.faults)], ids=["everything", "supervisor alone"]
+)
 def test_all_data_is_there_after_a_kill_and_another_up(data_cluster: Cluster, all_at_once: bool) -> None:
     table = "all_killed" if all_at_once else "supervisor_killed"
     execute(data_cluster, f"CREATE TABLE {table} (n int PRIMARY KEY)")
@@ -244,6 +246,7 @@ def test_all_data_is_there_after_a_kill_and_another_up(data_cluster: Cluster, al
     aggregator.close()
 
 
+@pytest.mark.faults
 def test_a_shard_is_added_while_the_others_run_on(data_cluster: Cluster) -> None:
     before = {name: state.pid for name, state in data_cluster.supervisor().states().items()}
     called: list[tuple[str, list[tuple[int, int]]]] = []

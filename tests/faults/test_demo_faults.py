@@ -83,6 +83,7 @@ async def test_purchases_while_processes_are_killed(cluster: Cluster) -> None:
     assert killed.keys().isdisjoint(process.pid for process in cluster.status().processes)
 
 
+@pytest.mark.faults
 async def test_purchases_around_a_kill_of_everything(cluster: Cluster) -> None:
     found = list(purchases(COUNT_AROUND_OUTAGE))
     status = cluster.status()

@@ -143,6 +143,7 @@ def test_a_killed_owner_s_block_goes_on_past_its_watermark(tmp_path: Path, setti
         assert "block taken over" in two.log.read_text()
 
 
+@pytest.mark.faults
 def test_a_crash_wastes_one_step_at_most(tmp_path: Path, settings: EtcdSettings, one: Keygen) -> None:
     """What the dead replica had persisted ahead, and nothing else: its successor begins where the watermark is."""
 
@@ -184,6 +185,7 @@ def test_an_operator_sees_how_long_keys_last(one: Keygen) -> None:
     assert metrics["oncepay_keys_etcd_writes_total"] < writes + 10
 
 
+@pytest.mark.faults
 def test_a_frozen_owner_wakes_up_and_issues_nothing_twice(tmp_path: Path, settings: EtcdSettings, one: Keygen) -> None:
     keys = one.issue(10_000)
     with Keygen(tmp_path, settings, "keygen-2", "--block-keys", "200000") as two:
