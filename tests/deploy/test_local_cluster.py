@@ -278,12 +278,13 @@ def test_a_shard_that_does_not_come_up_is_taken_away_again(data_cluster: Cluster
 def test_down_leaves_nothing_running_and_keeps_the_data(data_cluster: Cluster) -> None:
     execute(data_cluster, "CREATE TABLE stopped (n int)")
     execute(data_cluster, "INSERT INTO stopped VALUES (7)")
+    shards = [shard.name for shard in data_cluster.status().shards]
     assert data_cluster.down() is True
     assert data_cluster.pids() == []
     assert data_cluster.down() is False
     data_cluster.up()
     assert execute(data_cluster, "SELECT n FROM stopped") == [(7,)]
-    assert [shard.name for shard in data_cluster.status().shards] == ["s0", "s1"]
+    assert [shard.name for shard in data_cluster.status().shards] == shards
 
 
 COMMAND = [sys.executable, "-m", "cli.main"]
