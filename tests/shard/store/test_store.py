@@ -124,6 +124,7 @@ async def test_a_write_that_meets_the_fence_is_not_committed_behind_it(
     await leader.execute("select pg_advisory_xact_lock(1, $1)", first)
     waiting = asyncio.create_task(store.accept(payment))
     for _ in range(200):
+        await leader.execute("select pg_stat_clear_snapshot()")  # within a transaction sessions that come later aren't shown
         blocked = await leader.fetchval(
             "select count(*) from pg_locks join pg_stat_activity using (pid) where locktype = 'advisory' and classid = 1"
             " and objid = $1::integer::oid and not granted and application_name = 'test'",
