@@ -90,14 +90,19 @@ def _check_item(item: Item, path: str) -> None:
         raise InvalidField("a description has at most 500 characters", field=f"{path}.description")
 
 
-def shares_of(items: Iterable[Item], fees: Mapping[str, Fee], default_fee: Fee) -> tuple[Share, ...]:
-    """Each seller's share, in the order in which the sellers first appear. Gross sums to the cart's total."""
+def gross_of(items: Iterable[Item]) -> dict[str, int]:
+    """Each seller's items in minor units, in the order in which the sellers first appear."""
     gross: dict[str, int] = {}
     for item in items:
         gross[item.seller] = gross.get(item.seller, 0) + item.amount * item.quantity
+    return gross
+
+
+def shares_of(items: Iterable[Item], fees: Mapping[str, Fee], default_fee: Fee) -> tuple[Share, ...]:
+    """Each seller's share, in the order in which the sellers first appear. Gross sums to the cart's total."""
     return tuple(
         Share(seller, total, 0 if seller == PLATFORM_SELLER else fees.get(seller, default_fee).of(total))
-        for seller, total in gross.items()
+        for seller, total in gross_of(items).items()
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from oncepay.cart import Item, Share
+from oncepay.cart import Item, Share, gross_of
 from oncepay.payment import Capture, CaptureMethod, Command, Dispute, Failure, GiveUpReason, OnDecline, Progress, Refund, Terms
 
 
@@ -103,16 +103,9 @@ def _text(values: list[Any], defaults: tuple[Any, ...]) -> str:
     return _encode(values[:count]).decode()
 
 
-def _gross(items: tuple[Item, ...]) -> dict[str, int]:
-    gross: dict[str, int] = {}
-    for item in items:
-        gross[item.seller] = gross.get(item.seller, 0) + item.amount * item.quantity
-    return gross
-
-
 def _fees(terms: Terms) -> list[int] | None:
     """The fees of the sellers in their order; None when the shares don't follow from the items."""
-    gross = _gross(terms.items)
+    gross = gross_of(terms.items)
     if len(gross) != len(terms.shares):
         return None
     fees = []
@@ -150,7 +143,7 @@ def parse_terms(text: str) -> Terms:
         return _terms_object(text)
     row = _terms(text)
     items = tuple(Item(line.seller, line.amount, line.quantity, line.description) for line in row.items)
-    shares = tuple(Share(seller, total, fee) for (seller, total), fee in zip(_gross(items).items(), row.fees, strict=True))
+    shares = tuple(Share(seller, total, fee) for (seller, total), fee in zip(gross_of(items).items(), row.fees, strict=True))
     return Terms(
         items, shares, row.api_version, row.capture_method, row.on_decline, row.metadata, row.after, row.payment_method,
         row.customer, row.off_session,

@@ -185,7 +185,6 @@ def test_an_operator_sees_how_long_keys_last(one: Keygen) -> None:
     assert metrics["oncepay_keys_etcd_writes_total"] < writes + 10
 
 
-@pytest.mark.faults
 def test_a_frozen_owner_wakes_up_and_issues_nothing_twice(tmp_path: Path, settings: EtcdSettings, one: Keygen) -> None:
     keys = one.issue(10_000)
     with Keygen(tmp_path, settings, "keygen-2", "--block-keys", "200000") as two:

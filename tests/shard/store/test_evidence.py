@@ -117,7 +117,6 @@ async def test_with_no_standby_left_a_logical_walsender_releases_a_commit_but_is
     assert leader_node(store) == node
 
 
-@pytest.mark.faults
 async def test_a_barrier_of_the_feed_is_not_certain_by_a_logical_walsender(
     cluster: Cluster, store: Shards, leader: asyncpg.Connection
 ) -> None:
