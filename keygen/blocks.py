@@ -108,7 +108,8 @@ class Blocks:
         """Give the lease back, so that others may take the blocks over at once."""
         if self._lease is not None:
             try:
-                await asyncio.wait_for(self._lease.revoke(), LEAVE_S)
+                async with asyncio.timeout(LEAVE_S):
+                    await self._lease.revoke()
             except TimeoutError:
                 _log.info("lease not given back, it will end by itself", owner=self.owner)
 

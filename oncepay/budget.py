@@ -113,7 +113,8 @@ class Share:
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._release())
         try:
-            await asyncio.wait_for(future, WAIT_MAX_S)
+            async with asyncio.timeout(WAIT_MAX_S):
+                await future
         except TimeoutError:
             raise BudgetShort(f"the rate budget of {self.endpoint} had no room for {WAIT_MAX_S:.0f} s") from None
 
@@ -217,7 +218,8 @@ class Budget:
             try:
                 await lease.lost.wait()
             except asyncio.CancelledError:
-                await asyncio.wait_for(asyncio.shield(lease.revoke()), 2)
+                async with asyncio.timeout(2):
+                    await lease.revoke()
                 raise
 
     def _changed(self, key: str, value: KeyValue | None) -> None:
@@ -234,7 +236,8 @@ class Budget:
                 _log.info("rate budget not dealt", error=str(error))
                 may_grow_in_s = RETRY_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), may_grow_in_s)
+                async with asyncio.timeout(may_grow_in_s):
+                    await self._wake.wait()
             await asyncio.sleep(random.uniform(0, SPREAD_S))  # else all write at once, and all but one in vain
             self._wake.clear()
 

@@ -92,7 +92,8 @@ class Mirror:
     async def wait_synced(self, timeout_s: float) -> None:
         """EtcdUnavailable when the content couldn't be read within `timeout_s`."""
         try:
-            await asyncio.wait_for(self._synced.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._synced.wait()
         except TimeoutError:
             raise EtcdUnavailable(f"{self.prefix} could not be read from etcd in {timeout_s} s") from None
 

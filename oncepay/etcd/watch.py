@@ -87,7 +87,8 @@ class Watch:
         call = member.watch.Watch(metadata=METADATA)
         read: asyncio.Future[Any] | None = None
         try:
-            await asyncio.wait_for(call.write(rpc.WatchRequest(create_request=create)), SILENT_S)
+            async with asyncio.timeout(SILENT_S):
+                await call.write(rpc.WatchRequest(create_request=create))
             heard_at = time.monotonic()
             while True:
                 read = read or asyncio.ensure_future(call.read())
@@ -95,7 +96,8 @@ class Watch:
                 if not done:
                     if time.monotonic() - heard_at > SILENT_S:
                         raise _Broken("silent")
-                    await asyncio.wait_for(call.write(_PROGRESS), SILENT_S)
+                    async with asyncio.timeout(SILENT_S):
+                        await call.write(_PROGRESS)
                     continue
                 answer, read = _result(read), None
                 self.heard_at = heard_at = time.monotonic()

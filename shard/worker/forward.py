@@ -138,7 +138,8 @@ class Forwarder:
         """Wait, at most until a rebuild has ended."""
         self._again.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._again.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._again.wait()
 
     async def _wait_for_work(self) -> None:
         while self._stream is None or self.reread.is_set() or (self._located and self._certain_lsn <= (self.watermark or 0)):

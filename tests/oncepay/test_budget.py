@@ -82,6 +82,26 @@ async def test_without_a_share_nothing_is_sent() -> None:
     await asyncio.wait_for(waiting, 1)
 
 
+async def test_a_caller_canceled_as_its_turn_comes_ends() -> None:
+    """`asyncio.wait_for` of Python 3.11 forgets a cancellation that comes with the result: who calls in a loop never ends."""
+    share = Share("create")
+
+    async def ask() -> None:
+        while True:
+            await share.take()
+
+    asking = asyncio.create_task(ask())
+    await asyncio.sleep(0)
+    assert share._pump is not None
+    share.set_rate(1000)
+    turn = share._waiting[0]
+    turn.add_done_callback(lambda _: asking.cancel())  # in the same round of the loop that the turn comes
+    async with asyncio.timeout(2):
+        done, _ = await asyncio.wait({asking}, timeout=1)
+    assert done, "still calling"
+    assert asking.cancelled()
+
+
 async def test_too_many_that_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oncepay.budget.WAITING_MAX", 3)
     share = Share("create")
