@@ -139,7 +139,7 @@ def _shared_parameters(tuning: Tuning) -> dict[str, object]:
         "wal_receiver_timeout": "15s",
         "wal_receiver_status_interval": "2s",
         "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_MS}ms",
-        "checkpoint_timeout": "15min",
+        "checkpoint_timeout": "30min",
         "autovacuum_naptime": "15s",
         "max_wal_size": tuning.max_wal_size,
         "min_wal_size": tuning.min_wal_size,

@@ -31,7 +31,7 @@ def say(cell: Cell) -> None:
     outcome = "ok" if cell.ok else f"WRONG: {'; '.join(cell.wrong)}"
     print(
         f"{cell.step:<12} {cell.victim:<16} {outcome}; resumed {cell.resumed} times, slowest answer {cell.longest_s} s,"
-        f" {cell.errors} errors of {cell.payments}, {cell.seconds} s",
+        f" {sum(cell.errors.values())} errors of {cell.payments} {cell.errors or ''}, {cell.seconds} s",
         file=sys.stderr,
         flush=True,
     )

@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import psutil
+
+from oncepay.settings import load
 
 FREEZE_AT = "ONCEPAY_MOVER_FREEZE_AT"
 FROZEN_S = 60.0
@@ -84,3 +87,14 @@ def kill(pid: int) -> None:
     """SIGKILL, as a crash is."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+async def session(operator: Operator, shard: str) -> asyncpg.Connection:
+    """A superuser's session with the shard's leader."""
+    status = await operator.must("status")
+    found = next(item for item in status["shards"] if item["name"] == shard)
+    port = next(node["port"] for node in found["nodes"] if node["name"] == found["leader"])
+    postgres = load(operator.home / "oncepay.toml").postgres
+    return await asyncpg.connect(
+        host="127.0.0.1", port=port, user=postgres.superuser, password=postgres.superuser_password, database=postgres.database
+    )

@@ -2,19 +2,21 @@
 
 In each cell a range moves and the move is finished, or rolled back. The operator's process stops itself exactly at the step, the
 victim is killed, and the operator goes on (or is dead, and another one resumes). The cell is right when the move came to its end,
-every acknowledged payment is found once with the status that was told, and `oncepay verify` and `shards check-cache` are ok.
+every acknowledged payment is found once with the status that was told, `oncepay verify` and `shards check-cache` are ok, and
+nothing of the move is left: no slot, publication, subscription or origin, and no row of the range where it isn't owned.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from loadtest.reshard.commands import Failed, Operator, frozen, kill, thaw
+from loadtest.reshard.commands import Failed, Operator, frozen, kill, session, thaw
 from loadtest.reshard.traffic import Traffic
 
 VICTIMS = ("operator", "frozen operator", "source leader", "target leader", "worker", "router", "etcd member")
@@ -27,10 +29,15 @@ FROZEN_OPERATOR_S = 9.0
 RESUMES_MAX = 5
 WHOLE_S = 120.0
 SLOTS = 256
+MADE = (
+    ("pg_publication", "pubname"), ("pg_subscription", "subname"), ("pg_replication_slots", "slot_name"),
+    ("pg_replication_origin", "roname"),
+)  # fmt: skip
+"""What a move makes in both databases, each named after it."""
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """What came of one cell. `longest_s`: the slowest answer in the range; `errors`: answers that were no success."""
+    """What came of one cell. `longest_s`: the slowest answer in the range; `errors`: how many were no success, by what came."""
 
     step: str
     victim: str
@@ -39,7 +46,7 @@ class Cell(msgspec.Struct, frozen=True):
     seconds: float
     pause_s: float | None
     payments: int
-    errors: int
+    errors: dict[str, int]
     longest_s: float
     wrong: tuple[str, ...] = ()
 
@@ -79,9 +86,11 @@ async def one_cell(operator: Operator, step: str, victim: str, first: int) -> Ce
     if owner(status, first) != wanted:
         wrong.append(f"the range is on {owner(status, first)}, and not on {wanted}")
     wrong += await checked(operator, traffic)
+    if move:
+        wrong += await left_over(operator, move["move"], first, (source, target), wanted)
     return Cell(
         step, victim, not wrong, resumed, round(time.monotonic() - began_s, 1), move.get("pause_s"), len(traffic.answers),
-        sum(answer.status not in {200, 201} for answer in traffic.answers),
+        dict(Counter(str(answer.status or "no answer") for answer in traffic.answers if answer.status not in {200, 201})),
         round(max((answer.took_s for answer in traffic.answers if answer.inside), default=0.0), 2), tuple(wrong),
     )  # fmt: skip
 
@@ -184,6 +193,24 @@ async def checked(operator: Operator, traffic: Traffic) -> list[str]:
     return wrong
 
 
+async def left_over(operator: Operator, move: str, first: int, shards: tuple[str, ...], owner: str) -> list[str]:
+    """What is left of a move that is over."""
+    found: list[str] = []
+    for shard in shards:
+        connection = await session(operator, shard)
+        try:
+            for catalog, column in MADE:
+                rows = await connection.fetch(f"select {column} from {catalog} where {column} like $1", f"%{move}%")
+                found += [f"left on {shard}: {row[0]} in {catalog}" for row in rows]
+            if shard != owner:
+                query = "select count(*) from oncepay.payments where slot between $1 and $2"
+                if rows := await connection.fetchval(query, first, first + SLOTS - 1):
+                    found.append(f"left on {shard}: {rows} payments of the range")
+        finally:
+            await connection.close()
+    return found
+
+
 def table(cells: list[Cell]) -> list[str]:
     """The cells as a table: a row a step, a column a victim; each with its pause and the slowest answer in the range."""
     victims = list(dict.fromkeys(cell.victim for cell in cells))
@@ -200,5 +227,5 @@ def table(cells: list[Cell]) -> list[str]:
 def _shown(cell: Cell) -> str:
     mark = "ok" if cell.ok else "WRONG"
     how = f", resumed {cell.resumed}×" if cell.resumed else ""
-    errors = f", {cell.errors} errors" if cell.errors else ""
+    errors = "".join(f", {count} × {what}" for what, count in cell.errors.items())
     return f"{mark}{how}, {cell.longest_s:g} s{errors}"

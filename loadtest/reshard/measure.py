@@ -10,10 +10,9 @@ from typing import Any
 import asyncpg
 
 from loadtest.bench.own_cluster import machine
-from loadtest.reshard.commands import Operator
+from loadtest.reshard.commands import Operator, session
 from loadtest.reshard.matrix import SLOTS, owner, whole
 from loadtest.reshard.traffic import Answer, Traffic, quantile
-from oncepay.settings import load
 
 FIRST = 20_000
 QUIET_S = 10.0
@@ -35,17 +34,6 @@ select slot, key, 'payment', 'usd', 'ch_' || key, array['C', 'Ps', 'Fs'], array[
 from oncepay.payments where actor = 'planted' and slot between $1 and $2 and key >= $3
     and not exists (select from oncepay.entries e where e.slot = payments.slot and e.key = payments.key)
 """
-
-
-async def session(operator: Operator, shard: str) -> asyncpg.Connection:
-    """A superuser's session with the shard's leader."""
-    status = await operator.must("status")
-    found = next(item for item in status["shards"] if item["name"] == shard)
-    port = next(node["port"] for node in found["nodes"] if node["name"] == found["leader"])
-    postgres = load(operator.home / "oncepay.toml").postgres
-    return await asyncpg.connect(
-        host="127.0.0.1", port=port, user=postgres.superuser, password=postgres.superuser_password, database=postgres.database
-    )
 
 
 async def plant(operator: Operator, shard: str, first: int, last: int, count: int) -> None:

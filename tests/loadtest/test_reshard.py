@@ -11,14 +11,14 @@ from loadtest.reshard.traffic import quantile
 
 
 def cell(step: str, victim: str, *, ok: bool = True, resumed: int = 0, errors: int = 0) -> Cell:
-    return Cell(step, victim, ok, resumed, 30.0, 0.1, 300, errors, 2.5)
+    return Cell(step, victim, ok, resumed, 30.0, 0.1, 300, {"no answer": errors} if errors else {}, 2.5)
 
 
 def test_the_table_has_a_row_a_step_and_a_column_a_victim() -> None:
     lines = table([cell("copy", "operator", resumed=1), cell("copy", "router"), cell("drain", "operator", ok=False, errors=2)])
     assert lines[0] == "| killed at | operator | router |"
     assert lines[2] == "| `copy` | ok, resumed 1×, 2.5 s | ok, 2.5 s |"
-    assert lines[3] == "| `drain` | WRONG, 2.5 s, 2 errors |  |"
+    assert lines[3] == "| `drain` | WRONG, 2.5 s, 2 × no answer |  |"
 
 
 def test_the_owner_is_read_from_the_status() -> None:
