@@ -10,7 +10,7 @@ NONE_IS_FINE = $(if $(ARGS),|| [ $$? -eq 5 ])
 WITH_PROCESSES := tests/deploy tests/keygen tests/sandbox
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check check-code check-core check-processes fmt up down bench load faults soak docs clean
+.PHONY: help install demo test test-whole test-parts check check-code check-core check-processes fmt up down bench load faults soak docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -27,7 +27,17 @@ demo: $(STAMP) ## start a cluster, replay 6,919 real purchases, verify, stop (AR
 	$(BIN)/oncepay demo $(ARGS)
 
 test: $(STAMP) check ## the whole test suite, on real Postgres, etcd and Patroni (ARGS="-k name")
-	$(BIN)/python -m pytest -q -m "cluster and not faults" $(ARGS) $(NONE_IS_FINE)
+	@$(MAKE) --no-print-directory -j2 test-whole test-parts
+
+# Side by side, since both wait more than they work: tests that share a whole cluster, and those that start the parts they need.
+# The latter's output comes when they have ended.
+test-whole: $(STAMP)
+	$(BIN)/python -m pytest -q -m "cluster and whole and not faults" $(ARGS) $(NONE_IS_FINE)
+
+test-parts: $(STAMP)
+	@mkdir -p build
+	@$(BIN)/python -m pytest -q -m "cluster and not whole and not faults" $(ARGS) >build/test-parts.log 2>&1; code=$$?; \
+		cat build/test-parts.log; [ $$code -eq 0 ] $(if $(ARGS),|| [ $$code -eq 5 ])
 
 check: $(STAMP) ## the fast part: lint, types, import rules, tests that need no cluster
 	@$(MAKE) --no-print-directory -j3 --output-sync=target check-core check-code check-processes

@@ -201,11 +201,11 @@ class Pool:
             await self.blocks.tidy()
         except OncepayError as error:
             if self._failing_since is None:
-                self._failing_since = time.monotonic()
+                self._failing_since = self._clock()
                 _log.warning("pool can't be kept up", reason=str(error), available=self.available)
         else:
             if self._failing_since is not None:
-                _log.info("pool is kept up again", after_s=round(time.monotonic() - self._failing_since, 1))
+                _log.info("pool is kept up again", after_s=round(self._clock() - self._failing_since, 1))
                 self._failing_since = None
 
     async def _refill(self) -> None:
@@ -254,7 +254,7 @@ class Pool:
     @property
     def etcd_away_s(self) -> float:
         """Seconds for which etcd has not been heard of or has refused what the pool needs; 0 while all is well."""
-        failing_s = time.monotonic() - self._failing_since if self._failing_since is not None else 0.0
+        failing_s = self._clock() - self._failing_since if self._failing_since is not None else 0.0
         stale_s = self.blocks.mirror.stale_s
         return max(failing_s, stale_s if STALE_S < stale_s < float("inf") else 0.0)
 

@@ -17,6 +17,13 @@ from deploy.local.ports import free_base
 PREFIX = "oncepay-test-"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what shares the run's cluster, so that only one of two runs side by side starts one."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.whole)
+
+
 def end_abandoned() -> None:
     """End clusters of test runs that were killed: the folder's name tells the run's pid."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):

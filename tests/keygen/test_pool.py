@@ -63,6 +63,7 @@ async def test_five_minutes_at_the_recent_rate_then_503(etcd_of_its_own: tuple[E
     with pytest.raises(AssertionError):
         await etcd_answers(etcd)
     pool._failing_since = clock.now_s
+    clock.now_s += 1
     issued = 0
     while (some := pool.take(RATE_PER_S)) is not None:
         keys += some
