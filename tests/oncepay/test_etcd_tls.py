@@ -13,29 +13,11 @@ import pytest
 from oncepay.errors import EtcdUnavailable, SettingsError
 from oncepay.etcd import Etcd
 from oncepay.settings import EtcdSettings
+from tests.certificates import authority, certificate
 from tests.etcd_fixture import ETCD, dying_with_parent, free_ports
 from tests.needs import needs_program
 
 pytestmark = [pytest.mark.cluster, needs_program("openssl")]
-
-
-def openssl(folder: Path, *args: str) -> None:
-    subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
-
-
-def authority(folder: Path, name: str) -> None:
-    """A certificate authority: `<name>.pem` and `<name>.key`."""
-    made = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    openssl(folder, "req", "-x509", *made, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem")
-
-
-def certificate(folder: Path, ca: str, name: str) -> None:
-    """A certificate for 127.0.0.1, signed by `ca`: `<name>.pem` and `<name>.key`."""
-    made = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={name}")
-    openssl(folder, "req", *made, "-keyout", f"{name}.key", "-out", f"{name}.csr")
-    (folder / "extensions").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
-    signed = ("-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2", "-extfile", "extensions")
-    openssl(folder, "x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.pem")
 
 
 @pytest.fixture(scope="module")
