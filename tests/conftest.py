@@ -15,12 +15,14 @@ from deploy.local import Cluster, ClusterError
 from deploy.local.ports import free_base
 
 PREFIX = "oncepay-test-"
+WITH_THE_WHOLE = {"keygen", "oncepay"}
+"""Folders of tests that run with those of the whole cluster, so that both of the runs side by side take about as long."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what shares the run's cluster, so that only one of two runs side by side starts one."""
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
+        if "cluster" in getattr(item, "fixturenames", ()) or item.path.parent.name in WITH_THE_WHOLE:
             item.add_marker(pytest.mark.whole)
 
 
