@@ -21,9 +21,11 @@ from typing import Any
 import msgspec
 
 from loadtest.bench.own_cluster import cluster
-from loadtest.reshard.commands import Operator
+from loadtest.reshard.commands import COMMAND_S, Operator
 from loadtest.reshard.matrix import STEPS, VICTIMS, Cell, matrix, table
 from loadtest.reshard.measure import copy_beside_copy, pauses
+
+LONG_S = 3600.0
 
 
 def say(cell: Cell) -> None:
@@ -67,7 +69,8 @@ def main() -> int:
     if not 1 <= arguments.slots <= 10_000:
         parser.error("--slots: 1 to 10,000")
     with cluster("reshard", attached=arguments.attach.resolve() if arguments.attach else None) as running:
-        result = asyncio.run(run(arguments, Operator(running.home)))
+        operator = Operator(running.home, command_s=COMMAND_S if arguments.command == "matrix" else LONG_S)
+        result = asyncio.run(run(arguments, operator))
     print(json.dumps(result, indent=2))
     return 0 if result.get("ok", True) else 1
 

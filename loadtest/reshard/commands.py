@@ -20,6 +20,7 @@ from oncepay.settings import load
 FREEZE_AT = "ONCEPAY_MOVER_FREEZE_AT"
 FROZEN_S = 60.0
 COMMAND_S = 240.0
+"""How long a command of the matrix may take."""
 
 
 class Failed(Exception):
@@ -29,8 +30,9 @@ class Failed(Exception):
 class Operator:
     """One operator's shell for the cluster in `home`."""
 
-    def __init__(self, home: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, home: Path, environment: Mapping[str, str] | None = None, *, command_s: float = COMMAND_S) -> None:
         self.home = home
+        self._command_s = command_s
         self._environment = {**os.environ, **(environment or {}), "ONCEPAY_HOME": str(home)}
 
     async def start(self, *arguments: str, freeze_at: str = "") -> asyncio.subprocess.Process:
@@ -43,7 +45,7 @@ class Operator:
 
     async def end(self, process: asyncio.subprocess.Process) -> tuple[int, dict[str, Any]]:
         """Its exit code and its object; an empty one when it was killed."""
-        async with asyncio.timeout(COMMAND_S):
+        async with asyncio.timeout(self._command_s):
             out, err = await process.communicate()
         code = process.returncode if process.returncode is not None else -1
         if code < 0:
