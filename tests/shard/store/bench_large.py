@@ -130,8 +130,9 @@ class Meter:
         self._session = session
 
     def _processor_s(self) -> float:
+        """Of processes that have ended, too, such as autovacuum's workers: their parent knows it."""
         processes = [self._postmaster, *self._postmaster.children(recursive=True)]
-        return sum(sum(process.cpu_times()[:2]) for process in processes)
+        return sum(sum(process.cpu_times()[:4]) for process in processes)
 
     async def _log_bytes(self) -> int:
         return int(await self._session.fetchval("select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"))
