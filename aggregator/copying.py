@@ -25,6 +25,7 @@ _int4 = struct.Struct(">ii").pack
 _int8 = struct.Struct(">iq").pack
 _uint8 = struct.Struct(">iQ").pack
 _array = struct.Struct(">iiiiii").pack
+_TRUE, _FALSE = b"\0\0\0\1\1", b"\0\0\0\1\0"
 _EMPTY = {oid: struct.pack(">iiii", 12, 0, 0, oid) for oid in (TEXT_OID, INT8_OID)}
 
 
@@ -62,6 +63,11 @@ def int8s(values: Iterable[int]) -> Fields:
 def optional_int8s(values: Iterable[int | None]) -> Fields:
     """`bigint`, or null."""
     return [NULL if value is None else _int8(8, value) for value in values]
+
+
+def booleans(values: Iterable[bool]) -> Fields:
+    """`boolean`."""
+    return [_TRUE if value else _FALSE for value in values]
 
 
 def lsns(values: Iterable[int]) -> Fields:

@@ -10,7 +10,7 @@ import datetime as dt
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from oncepay.cart import PLATFORM_SELLER
 from oncepay.feed import EntryRow
@@ -25,13 +25,17 @@ _EPOCH_DAY = dt.date(1970, 1, 1).toordinal()
 
 class SellerPosting(NamedTuple):
     """What an entry did to a seller that it names: `amount` is the change of what the seller is owed, `total` that before the
-    platform's fee, `fee` the platform's part (`oncepay.by_seller` says the same in SQL)."""
+    platform's fee, `fee` the platform's part (`oncepay.by_seller` says the same in SQL). `debit` and `credit` are those of the
+    seller's own account, None where no posting was on it; `named`: by a posting, and not only by its account."""
 
     seller: str
     entry: EntryRow
     amount: int
     total: int
     fee: int
+    debit: int | None
+    credit: int | None
+    named: bool
 
 
 @dataclass(slots=True)
@@ -77,6 +81,17 @@ class Sums:
     kinds: dict[tuple[str, str], KindTotal] = field(default_factory=dict)
     postings: list[SellerPosting] = field(default_factory=list, compare=False)
 
+    def add(self, other: Sums) -> None:
+        """What `other` has of accounts and kinds; the sellers' sums are made of the postings."""
+        for account, total in other.accounts.items():
+            _add(self.accounts, account, total.debit, total.credit)
+        for of_day, total in other.account_days.items():
+            _add(self.account_days, of_day, total.debit, total.credit)
+        for name, of_kind in other.kinds.items():
+            kind = self.kinds.setdefault(name, KindTotal())
+            kind.entries += of_kind.entries
+            kind.amount += of_kind.amount
+
 
 @lru_cache(maxsize=4096)
 def _day(number: int) -> dt.date:
@@ -93,86 +108,126 @@ def seller_of(account: str) -> str:
     return account[7:-8] if account.startswith("seller:") and account.endswith(":payable") else ""
 
 
-def fold(entries: Iterable[EntryRow]) -> Sums:
-    """The sums over `entries`; each must be given once."""
+def fold(entries: Iterable[EntryRow], *, of_sellers: bool = True) -> Sums:
+    """The sums over `entries`; each must be given once. Without `of_sellers` what can be made of the postings later is left out:
+    the sellers' days, and their accounts."""
     sums = Sums()
+    groups: dict[tuple[str, str, int], _Group] = {}
     for entry in entries:
-        day = day_of(entry.created_at_us)
-        sellers = _add_accounts(sums, entry, day)
-        if sellers:
-            _add_sellers(sums, entry, day, sellers)
+        name = entry.kind, entry.currency, entry.created_at_us // _DAY_US
+        group = groups.get(name)
+        if group is None:
+            group = groups[name] = _Group()
+        _add_entry(group, sums.postings, entry)
+    for (kind, currency, day), group in groups.items():
+        _add_group(sums, group, kind, currency, _day(day))
+    if of_sellers:
+        for posting in sums.postings:
+            _add_posting(sums, posting)
     return sums
+
+
+class _Group:
+    """The entries of a kind, a currency and a day, while they are gone through."""
+
+    __slots__ = ("accounts", "entries", "sellers")
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.accounts: dict[str, list[int]] = {}
+        """Debit and credit of each account that is no seller's."""
+        self.sellers: list[int] | None = None
+        """And of all those that are."""
 
 
 class _Part:
     """What an entry does to one seller, while its postings are gone through."""
 
-    __slots__ = ("amount", "fee", "named", "total")
+    __slots__ = ("amount", "credit", "debit", "fee", "named", "owns", "total")
 
     def __init__(self) -> None:
-        self.amount = self.total = self.fee = 0
-        self.named = False
+        self.amount = self.total = self.fee = self.debit = self.credit = 0
+        self.named = self.owns = False
 
 
-def _add_accounts(sums: Sums, entry: EntryRow, day: dt.date) -> dict[str, _Part]:
-    """Counts each posting on its account; the sellers that the entry names, or whose accounts it names."""
-    currency, kind_name, debits = entry.currency, entry.kind, 0
-    accounts, days, sellers = sums.accounts, sums.account_days, dict[str, _Part]()
+def _add_entry(group: _Group, postings: list[SellerPosting], entry: EntryRow) -> None:
+    """Counts each posting on its account; appends what it does to the sellers that it names, or whose accounts it names."""
+    group.entries += 1
+    of_accounts, parts = group.accounts, dict[str, _Part]()
     for account, amount, named in zip(entry.accounts, entry.amounts, entry.sellers, strict=True):
         owner = seller_of(account)
-        total = accounts.get((account, currency))
-        if total is None:
-            total = accounts[account, currency] = AccountTotal()
-        name = (SELLER_ACCOUNTS if owner else account, currency, day, kind_name)
-        of_day = days.get(name)
-        if of_day is None:
-            of_day = days[name] = AccountTotal()
+        if owner:
+            total = group.sellers = group.sellers or [0, 0]
+        else:
+            total = of_accounts.get(account) or of_accounts.setdefault(account, [0, 0])
         if amount > 0:
-            total.debit += amount
-            of_day.debit += amount
-            debits += amount
+            total[0] += amount
         else:
-            total.credit -= amount
-            of_day.credit -= amount
-        seller = named or owner
-        if seller:
-            part = sellers.get(seller)
-            if part is None:
-                part = sellers[seller] = _Part()
-            _add_part(part, seller, owner, account, amount, named)
+            total[1] -= amount
+        if owner:
+            part = parts.get(owner) or parts.setdefault(owner, _Part())
+            part.owns = True
+            if amount > 0:
+                part.debit += amount
+            else:
+                part.credit -= amount
+            if not named or named == owner:
+                part.amount -= amount
+        if named:
+            part = parts.get(named) or parts.setdefault(named, _Part())
+            part.named = True
+            part.total -= amount
+            if account == PLATFORM_FEES:  # what the platform earns by its own lines is here, too
+                if named == PLATFORM_SELLER:
+                    part.amount -= amount
+                else:
+                    part.fee -= amount
+    for seller, part in parts.items():
+        debit, credit = (part.debit, part.credit) if part.owns else (None, None)
+        postings.append(SellerPosting(seller, entry, part.amount, part.total, part.fee, debit, credit, part.named))
+
+
+def _add_group(sums: Sums, group: _Group, kind_name: str, currency: str, day: dt.date) -> None:
     kind = sums.kinds.setdefault((kind_name, currency), KindTotal())
-    kind.entries += 1
-    kind.amount += debits
-    return sellers
+    kind.entries += group.entries
+    for account, (debit, credit) in group.accounts.items():
+        _add(sums.accounts, (account, currency), debit, credit)
+        _add(sums.account_days, (account, currency, day, kind_name), debit, credit)
+        kind.amount += debit
+    if group.sellers is not None:
+        debit, credit = group.sellers
+        _add(sums.account_days, (SELLER_ACCOUNTS, currency, day, kind_name), debit, credit)
+        kind.amount += debit
 
 
-def _add_part(part: _Part, seller: str, owner: str, account: str, amount: int, named: str) -> None:
-    """What the platform earns by its own lines is on the account of its fees, as its fees are."""
-    is_fee = account == PLATFORM_FEES
-    if owner == seller or (is_fee and seller == PLATFORM_SELLER):
-        part.amount -= amount
-    if named:
-        part.named = True
-        part.total -= amount
-        if is_fee and seller != PLATFORM_SELLER:
-            part.fee -= amount
+_Name = TypeVar("_Name")
 
 
-def _add_sellers(sums: Sums, entry: EntryRow, day: dt.date, sellers: dict[str, _Part]) -> None:
-    """Which column an entry counts in is said by its kind's first word; payouts and the like are no revenue."""
+def _add(totals: dict[_Name, AccountTotal], name: _Name, debit: int, credit: int) -> None:
+    total = totals.get(name)
+    if total is None:
+        total = totals[name] = AccountTotal()
+    total.debit += debit
+    total.credit += credit
+
+
+def _add_posting(sums: Sums, posting: SellerPosting) -> None:
+    """Which column it counts in is said by its kind's first word; payouts and the like are no revenue."""
+    entry = posting.entry
+    if posting.debit is not None and posting.credit is not None:
+        _add(sums.accounts, (f"seller:{posting.seller}:payable", entry.currency), posting.debit, posting.credit)
     category = entry.kind.partition("_")[0]
-    for seller, part in sellers.items():
-        sums.postings.append(SellerPosting(seller, entry, part.amount, part.total, part.fee))
-        if not part.named or category not in ("payment", "refund", "dispute"):
-            continue
-        row = sums.seller_days.get((seller, entry.currency, day))
-        if row is None:
-            row = sums.seller_days[seller, entry.currency, day] = SellerDay()
-        row.fees += part.fee
-        if category == "payment":
-            row.gross += part.total
-            row.payments += 1
-        elif category == "refund":
-            row.refunded -= part.total
-        else:
-            row.disputed -= part.total
+    if not posting.named or category not in ("payment", "refund", "dispute"):
+        return
+    name = posting.seller, entry.currency, day_of(entry.created_at_us)
+    row = sums.seller_days.get(name)
+    if row is None:
+        row = sums.seller_days[name] = SellerDay()
+    row.fees += posting.fee
+    if category == "payment":
+        row.gross += posting.total
+        row.payments += 1
+    elif category == "refund":
+        row.refunded -= posting.total
+    else:
+        row.disputed -= posting.total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -107,23 +107,39 @@ def payment_columns(rows: Sequence[PaymentRow]) -> tuple[str, ...]:
     )
 
 
-def sorted_history(rows: Iterable[PaymentRow]) -> list[PaymentRow]:
-    """In the order of the history's key."""
-    return sorted(rows, key=attrgetter("key", "version"))
+class Life(NamedTuple):
+    """The versions of a payment that one batch brings, as `payment_versions` keeps them."""
+
+    key: str
+    slot: int
+    first_version: int
+    last_version: int
+    versions: str
 
 
-def history_columns(rows: Sequence[PaymentRow], *, at_commit: bool) -> tuple[str, ...]:
-    """For `add_history`. Without `at_commit` the rows are a table's, and when each was committed isn't known exactly."""
-    return (
-        text_array(row.key for row in rows),
-        number_array(row.version for row in rows),
-        number_array(row.slot for row in rows),
-        text_array(row.status for row in rows),
-        text_array(row.event for row in rows),
-        text_array(row.actor for row in rows),
-        number_array(row.committed_at_ms for row in rows),
-        optional_text_array(lsn_text(row.lsn) if at_commit else None for row in rows),
-    )
+_json = msgspec.json.Encoder()
+
+
+def lives_of(rows: Iterable[PaymentRow], *, at_commit: bool = True) -> list[Life]:
+    """By key. Without `at_commit` the rows are a table's, and at which position each was committed isn't known."""
+    of_key: dict[str, list[PaymentRow]] = {}
+    for row in rows:
+        known = of_key.get(row.key)
+        if known is None:
+            of_key[row.key] = [row]
+        else:
+            known.append(row)
+    return [_life(key, of_key[key], at_commit) for key in sorted(of_key)]
+
+
+def _life(key: str, rows: list[PaymentRow], at_commit: bool) -> Life:
+    if len(rows) > 1:
+        rows.sort(key=attrgetter("version"))
+    versions = [
+        (row.version, row.status, row.event, row.actor, row.committed_at_ms, lsn_text(row.lsn) if at_commit else None)
+        for row in rows
+    ]
+    return Life(key, rows[0].slot, rows[0].version, rows[-1].version, _json.encode(versions).decode())
 
 
 def sorted_entries(rows: Iterable[EntryRow]) -> list[EntryRow]:
