@@ -10,7 +10,7 @@ import datetime as dt
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from oncepay.cart import PLATFORM_SELLER
 from oncepay.feed import EntryRow
@@ -128,75 +128,65 @@ def fold(entries: Iterable[EntryRow], *, of_sellers: bool = True) -> Sums:
 
 
 class _Group:
-    """The entries of a kind, a currency and a day, while they are gone through."""
+    """The entries of a kind, a currency and a day, while they are gone through: how many there are, and what each account gets by
+    them, debit and credit; all sellers' accounts are one."""
 
-    __slots__ = ("accounts", "entries", "sellers")
+    __slots__ = ("accounts", "entries")
 
     def __init__(self) -> None:
         self.entries = 0
         self.accounts: dict[str, list[int]] = {}
-        """Debit and credit of each account that is no seller's."""
-        self.sellers: list[int] | None = None
-        """And of all those that are."""
 
 
-class _Part:
-    """What an entry does to one seller, while its postings are gone through."""
-
-    __slots__ = ("amount", "credit", "debit", "fee", "named", "owns", "total")
-
-    def __init__(self) -> None:
-        self.amount = self.total = self.fee = self.debit = self.credit = 0
-        self.named = self.owns = False
+_AMOUNT, _TOTAL, _FEE, _DEBIT, _CREDIT, _NAMED = range(6)
+"""What an entry does to one seller, while its postings are gone through: a list as the end of SellerPosting, for it is made for
+every posting of a backlog."""
 
 
 def _add_entry(group: _Group, postings: list[SellerPosting], entry: EntryRow) -> None:
     """Counts each posting on its account; appends what it does to the sellers that it names, or whose accounts it names."""
     group.entries += 1
-    of_accounts, parts = group.accounts, dict[str, _Part]()
+    of_accounts, parts = group.accounts, dict[str, list[Any]]()
     for account, amount, named in zip(entry.accounts, entry.amounts, entry.sellers, strict=True):
         owner = seller_of(account)
-        if owner:
-            total = group.sellers = group.sellers or [0, 0]
-        else:
-            total = of_accounts.get(account) or of_accounts.setdefault(account, [0, 0])
+        total = of_accounts.get(SELLER_ACCOUNTS if owner else account)
+        if total is None:
+            total = of_accounts[SELLER_ACCOUNTS if owner else account] = [0, 0]
         if amount > 0:
             total[0] += amount
         else:
             total[1] -= amount
         if owner:
-            part = parts.get(owner) or parts.setdefault(owner, _Part())
-            part.owns = True
+            part = parts.get(owner)
+            if part is None:
+                part = parts[owner] = [0, 0, 0, None, None, False]
+            if part[_DEBIT] is None:
+                part[_DEBIT] = part[_CREDIT] = 0
             if amount > 0:
-                part.debit += amount
+                part[_DEBIT] += amount
             else:
-                part.credit -= amount
+                part[_CREDIT] -= amount
             if not named or named == owner:
-                part.amount -= amount
+                part[_AMOUNT] -= amount
         if named:
-            part = parts.get(named) or parts.setdefault(named, _Part())
-            part.named = True
-            part.total -= amount
+            part = parts.get(named)
+            if part is None:
+                part = parts[named] = [0, 0, 0, None, None, False]
+            part[_NAMED] = True
+            part[_TOTAL] -= amount
             if account == PLATFORM_FEES:  # what the platform earns by its own lines is here, too
-                if named == PLATFORM_SELLER:
-                    part.amount -= amount
-                else:
-                    part.fee -= amount
+                part[_AMOUNT if named == PLATFORM_SELLER else _FEE] -= amount
     for seller, part in parts.items():
-        debit, credit = (part.debit, part.credit) if part.owns else (None, None)
-        postings.append(SellerPosting(seller, entry, part.amount, part.total, part.fee, debit, credit, part.named))
+        postings.append(SellerPosting._make((seller, entry, *part)))
 
 
 def _add_group(sums: Sums, group: _Group, kind_name: str, currency: str, day: dt.date) -> None:
     kind = sums.kinds.setdefault((kind_name, currency), KindTotal())
     kind.entries += group.entries
     for account, (debit, credit) in group.accounts.items():
-        _add(sums.accounts, (account, currency), debit, credit)
+        if account != SELLER_ACCOUNTS:
+            _add(sums.accounts, (account, currency), debit, credit)
         _add(sums.account_days, (account, currency, day, kind_name), debit, credit)
-        kind.amount += debit
-    if group.sellers is not None:
-        debit, credit = group.sellers
-        _add(sums.account_days, (SELLER_ACCOUNTS, currency, day, kind_name), debit, credit)
         kind.amount += debit
 
 

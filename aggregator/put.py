@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import cache
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -44,8 +45,8 @@ CHUNK_ROWS = 500
 
 _log = get_logger("apply")
 
-_Job = tuple["_Table", Sequence[Any], Callable[[Sequence[Any], str], list[Fields]]]
-"""A table, rows for it, and how they become columns."""
+_Job = tuple["_Table", Callable[[], Sequence[Any]], Callable[[Sequence[Any], str], list[Fields]]]
+"""A table, what makes rows for it when their turn comes, and how they become columns."""
 
 
 class _Table(NamedTuple):
@@ -53,13 +54,6 @@ class _Table(NamedTuple):
 
     name: str
     columns: tuple[str, ...]
-
-
-class _Copy(NamedTuple):
-    """Rows of a table, encoded."""
-
-    table: _Table
-    parts: list[bytes]
 
 
 _ENTRIES = _Table(
@@ -95,24 +89,26 @@ async def put_rows(connection: asyncpg.Connection, batch: FeedBatch, *, sum_sell
     entries, links = sorted_entries(batch.entries), sorted_links(batch.links)
     begun = {life.key for life in lives if life.first_version == 1}
     new = [row for row in payments if row.key in begun]
-    sums = fold(entries, of_sellers=sum_sellers)
+    folded = cache(lambda: fold(entries, of_sellers=sum_sellers))
     try:
         async with connection.transaction():
             jobs: list[_Job] = [
-                (_ENTRIES, entries, _entry_fields),
-                (_POSTINGS, _sorted_postings(sums), _posting_fields),
-                (_LINKS, links, _link_fields),
-                (_VERSIONS, lives, _life_fields),
-                (_PAYMENTS, new, _payment_fields),
+                (_VERSIONS, lambda: lives, _life_fields),
+                (_ENTRIES, lambda: entries, _entry_fields),
+                (_POSTINGS, lambda: _sorted_postings(folded()), _posting_fields),
+                (_LINKS, lambda: links, _link_fields),
+                (_PAYMENTS, lambda: new, _payment_fields),
             ]
-            await _copy_behind(connection, shard, add_sums(connection, shard, sums), jobs)
+            await _copy_behind(connection, shard, jobs)
+            sums = folded()
+            await add_sums(connection, shard, sums)
     except asyncpg.UniqueViolationError:
         metrics.REPEATED.labels(shard).inc()
+        await _copy_all(connection, shard, _VERSIONS, lives, _life_fields)
         sums = fold(await _insert_entries(connection, shard, entries), of_sellers=sum_sellers)
-        await add_sums(connection, shard, sums)
-        await _copy(connection, await _encoded((_POSTINGS, _sorted_postings(sums), _posting_fields), shard))
+        await _copy_all(connection, shard, _POSTINGS, _sorted_postings(sums), _posting_fields)
         await _insert_links(connection, shard, links)
-        await _copy(connection, await _encoded((_VERSIONS, lives, _life_fields), shard))
+        await add_sums(connection, shard, sums)
         begun.clear()
     await _upsert_payments(connection, shard, [row for row in payments if row.key not in begun])
     await _upsert_payouts(connection, shard, batch.payouts)
@@ -148,52 +144,70 @@ async def put_anew(connection: asyncpg.Connection, batch: FeedBatch, *, known_ve
     lives = lives_of(batch.payments, at_commit=False)
     if known_versions:
         lives = await _unknown(connection, lives)
-    sums = fold(entries, of_sellers=False)
+    folded = cache(lambda: fold(entries, of_sellers=False))
     jobs: list[_Job] = [
-        (_ENTRIES, entries, _entry_fields),
-        (_POSTINGS, _sorted_postings(sums), _posting_fields),
-        (_LINKS, links, _link_fields),
-        (_VERSIONS, lives, _life_fields),
-        (_PAYMENTS, payments, _payment_fields),
+        (_VERSIONS, lambda: lives, _life_fields),
+        (_ENTRIES, lambda: entries, _entry_fields),
+        (_POSTINGS, lambda: _sorted_postings(folded()), _posting_fields),
+        (_LINKS, lambda: links, _link_fields),
+        (_PAYMENTS, lambda: payments, _payment_fields),
     ]
-    await _copy_behind(connection, shard, _upsert_payouts(connection, shard, batch.payouts), jobs)
-    return sums
+    await _copy_behind(connection, shard, jobs)
+    await _upsert_payouts(connection, shard, batch.payouts)
+    return folded()
 
 
 # What is new
 
 
-async def _copy_behind(
-    connection: asyncpg.Connection, shard: str, first: Coroutine[Any, Any, None], jobs: Sequence[_Job]
-) -> None:
-    """Run `first`, then copy each job's rows. While Postgres works at one of them, the next is encoded."""
-    running = asyncio.ensure_future(first)
+async def _copy_behind(connection: asyncpg.Connection, shard: str, jobs: Sequence[_Job]) -> None:
+    """Copy each job's rows. While Postgres works at those of one, the next ones are made and encoded.
+
+    Two shards' batches may have entries, links and payments in common: these tables come in the order of `put_rows`.
+    """
+    running: asyncio.Future[None] | None = None
     try:
-        for job in jobs:
-            made = await _encoded(job, shard)
-            await running
-            running = asyncio.ensure_future(_copy(connection, made))
+        for table, rows, fields in jobs:
+            body = await _encoded(rows(), shard, fields)
+            if running is not None:
+                await running
+            sent = asyncio.Event()
+            running = asyncio.ensure_future(_copy(connection, table, body, sent))
+            await sent.wait()  # else Postgres would wait for it while this process encodes
     finally:
-        await running
+        if running is not None:
+            await running
 
 
-async def _encoded(job: _Job, shard: str) -> _Copy:
-    """The rows as COPY takes them. Between two parts others have their turn: a statement that Postgres works at goes on."""
-    table, rows, fields = job
+async def _copy_all(
+    connection: asyncpg.Connection, shard: str, table: _Table, rows: Sequence[Any], fields: Callable[..., list[Fields]]
+) -> None:
+    await _copy(connection, table, await _encoded(rows, shard, fields), asyncio.Event())
+
+
+async def _encoded(rows: Sequence[Any], shard: str, fields: Callable[..., list[Fields]]) -> list[bytes]:
+    """The rows as COPY takes them. Between two parts others have their turn."""
     parts = []
     for first in range(0, len(rows), CHUNK_ROWS):
         parts.append(copying.rows(fields(rows[first : first + CHUNK_ROWS], shard)))
         await asyncio.sleep(0)
-    return _Copy(table, parts)
+    return parts
 
 
-async def _copy(connection: asyncpg.Connection, copy: _Copy) -> None:
+async def _copy(connection: asyncpg.Connection, table: _Table, parts: list[bytes], sent: asyncio.Event) -> None:
+    """Copy encoded rows. `sent` is set when Postgres has been given them, or nothing more comes of it."""
+
     async def body() -> AsyncIterator[bytes]:
-        yield b"".join((copying.HEADER, *copy.parts, copying.TRAILER))
+        yield b"".join((copying.HEADER, *parts, copying.TRAILER))
+        sent.set()
 
-    if copy.parts:
-        columns = copy.table.columns
-        await connection.copy_to_table(copy.table.name, schema_name="oncepay", source=body(), columns=columns, format="binary")
+    try:
+        if parts:
+            await connection.copy_to_table(
+                table.name, schema_name="oncepay", source=body(), columns=table.columns, format="binary"
+            )
+    finally:
+        sent.set()
 
 
 def _sorted_postings(sums: Sums) -> list[SellerPosting]:
@@ -332,42 +346,30 @@ async def add_sums(connection: asyncpg.Connection, shard: str, sums: Sums) -> No
     """Add what new entries come to."""
     if not sums.kinds:
         return
-    days = sorted(sums.seller_days.items(), key=itemgetter(0))
-    if days:
-        await connection.execute(
-            SQL["add_seller_days"],
-            shard,
-            text_array([key[0] for key, _ in days]),
-            text_array([key[1] for key, _ in days]),
-            text_array([key[2].isoformat() for key, _ in days]),
-            *(number_array(map(attrgetter(name), [row for _, row in days])) for name in _SELLER_DAY),
-        )
+    sellers = sorted(sums.seller_days.items(), key=itemgetter(0))
     accounts = sorted(sums.accounts.items(), key=itemgetter(0))
-    await connection.execute(
-        SQL["add_account_totals"],
-        shard,
-        text_array([account for (account, _), _ in accounts]),
-        text_array([currency for (_, currency), _ in accounts]),
-        number_array([total.debit for _, total in accounts]),
-        number_array([total.credit for _, total in accounts]),
-    )
-    of_days = sorted(sums.account_days.items(), key=itemgetter(0))
-    await connection.execute(
-        SQL["add_account_days"],
-        shard,
-        *(text_array([str(key[i]) for key, _ in of_days]) for i in range(4)),
-        number_array([total.debit for _, total in of_days]),
-        number_array([total.credit for _, total in of_days]),
-    )
+    days = sorted(sums.account_days.items(), key=itemgetter(0))
     kinds = sorted(sums.kinds.items(), key=itemgetter(0))
     await connection.execute(
-        SQL["add_kind_totals"],
+        SQL["add_sums"],
         shard,
-        text_array([kind for (kind, _), _ in kinds]),
-        text_array([currency for (_, currency), _ in kinds]),
+        *_names(sellers, 3),
+        *(number_array(map(attrgetter(name), [row for _, row in sellers])) for name in _SELLER_DAY),
+        *_names(accounts, 2),
+        number_array([total.debit for _, total in accounts]),
+        number_array([total.credit for _, total in accounts]),
+        *_names(days, 4),
+        number_array([total.debit for _, total in days]),
+        number_array([total.credit for _, total in days]),
+        *_names(kinds, 2),
         number_array([total.entries for _, total in kinds]),
         number_array([total.amount for _, total in kinds]),
     )
+
+
+def _names(sums: Sequence[tuple[tuple[Any, ...], Any]], width: int) -> list[str]:
+    """The columns of their keys."""
+    return [text_array([str(name[i]) for name, _ in sums]) for i in range(width)]
 
 
 _SELLER_DAY = ("payments", "gross", "refunded", "disputed", "fees")

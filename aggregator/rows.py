@@ -122,24 +122,22 @@ _json = msgspec.json.Encoder()
 
 def lives_of(rows: Iterable[PaymentRow], *, at_commit: bool = True) -> list[Life]:
     """By key. Without `at_commit` the rows are a table's, and at which position each was committed isn't known."""
-    of_key: dict[str, list[PaymentRow]] = {}
+    slots: dict[str, int] = {}
+    versions: dict[str, list[tuple[int, str, str, str, int, int | None]]] = {}
     for row in rows:
-        known = of_key.get(row.key)
+        version = row.version, row.status, row.event, row.actor, row.committed_at_ms, row.lsn if at_commit else None
+        known = versions.get(row.key)
         if known is None:
-            of_key[row.key] = [row]
+            slots[row.key], versions[row.key] = row.slot, [version]
         else:
-            known.append(row)
-    return [_life(key, of_key[key], at_commit) for key in sorted(of_key)]
-
-
-def _life(key: str, rows: list[PaymentRow], at_commit: bool) -> Life:
-    if len(rows) > 1:
-        rows.sort(key=attrgetter("version"))
-    versions = [
-        (row.version, row.status, row.event, row.actor, row.committed_at_ms, lsn_text(row.lsn) if at_commit else None)
-        for row in rows
-    ]
-    return Life(key, rows[0].slot, rows[0].version, rows[-1].version, _json.encode(versions).decode())
+            known.append(version)
+    lives = []
+    for key in sorted(versions):
+        of_key = versions[key]
+        if len(of_key) > 1:
+            of_key.sort()
+        lives.append(Life(key, slots[key], of_key[0][0], of_key[-1][0], _json.encode(of_key).decode()))
+    return lives
 
 
 def sorted_entries(rows: Iterable[EntryRow]) -> list[EntryRow]:

@@ -1,6 +1,6 @@
 -- A payment's history in one row for each batch that brought versions of it, in place of one for each version: a backlog has all of
 -- a payment's life in one batch. `versions` is a JSON array, oldest first, of [version, status, event, actor, committed at (ms since
--- 1970), position or null]. The same version may come twice, as after a move; the view shows it once.
+-- 1970), position (as a number) or null]. The same version may come twice, as after a move; the view shows it once.
 create table oncepay.payment_versions (
     key text not null,
     slot integer not null,
@@ -18,7 +18,7 @@ from (
     select key, version, slot, status, event, actor, committed_at, shard, lsn from oncepay.payment_history_rows
     union all
     select v.key, (e ->> 0)::bigint, v.slot, e ->> 1, e ->> 2, e ->> 3,
-           timestamptz 'epoch' + (e ->> 4)::bigint * interval '1 millisecond', v.shard, (e ->> 5)::pg_lsn
+           timestamptz 'epoch' + (e ->> 4)::bigint * interval '1 millisecond', v.shard, pg_lsn '0/0' + (e ->> 5)::numeric
     from oncepay.payment_versions v cross join lateral json_array_elements(v.versions::json) e) h
 order by h.key, h.version, h.lsn;
 

@@ -71,35 +71,34 @@ select u.key, u.version
 from unnest($1::text::text[], $2::text::bigint[]) u (key, version)
 where exists (select from oncepay.payment_history h where h.key = u.key and h.version = u.version)
 
--- name: add_seller_days
-insert into oncepay.seller_days as d (seller, currency, day, shard, payments, gross, refunded, disputed, fees, net)
-select u.seller, u.currency, u.day, $1, u.payments, u.gross, u.refunded, u.disputed, u.fees,
-       u.gross - u.refunded - u.disputed - u.fees
-from unnest($2::text::text[], $3::text::text[], $4::text::date[], $5::text::bigint[], $6::text::bigint[], $7::text::bigint[],
-            $8::text::bigint[], $9::text::bigint[])
-     u (seller, currency, day, payments, gross, refunded, disputed, fees)
-on conflict (seller, currency, day, shard) do update set
-    payments = d.payments + excluded.payments, gross = d.gross + excluded.gross, refunded = d.refunded + excluded.refunded,
-    disputed = d.disputed + excluded.disputed, fees = d.fees + excluded.fees, net = d.net + excluded.net
-
--- name: add_account_totals
-insert into oncepay.account_totals as t (account, currency, shard, debit, credit)
-select u.account, u.currency, $1, u.debit, u.credit
-from unnest($2::text::text[], $3::text::text[], $4::text::numeric[], $5::text::numeric[]) u (account, currency, debit, credit)
-on conflict (account, currency, shard) do update set debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
-
--- name: add_account_days
-insert into oncepay.account_days as t (account, currency, day, kind, shard, debit, credit)
-select u.account, u.currency, u.day, u.kind, $1, u.debit, u.credit
-from unnest($2::text::text[], $3::text::text[], $4::text::date[], $5::text::text[], $6::text::numeric[], $7::text::numeric[])
-     u (account, currency, day, kind, debit, credit)
-on conflict (account, currency, day, kind, shard) do update set
-    debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
-
--- name: add_kind_totals
+-- name: add_sums
+with of_sellers as (
+    insert into oncepay.seller_days as d (seller, currency, day, shard, payments, gross, refunded, disputed, fees, net)
+    select u.seller, u.currency, u.day, $1, u.payments, u.gross, u.refunded, u.disputed, u.fees,
+           u.gross - u.refunded - u.disputed - u.fees
+    from unnest($2::text::text[], $3::text::text[], $4::text::date[], $5::text::bigint[], $6::text::bigint[], $7::text::bigint[],
+                $8::text::bigint[], $9::text::bigint[])
+         u (seller, currency, day, payments, gross, refunded, disputed, fees)
+    on conflict (seller, currency, day, shard) do update set
+        payments = d.payments + excluded.payments, gross = d.gross + excluded.gross, refunded = d.refunded + excluded.refunded,
+        disputed = d.disputed + excluded.disputed, fees = d.fees + excluded.fees, net = d.net + excluded.net
+), of_accounts as (
+    insert into oncepay.account_totals as t (account, currency, shard, debit, credit)
+    select u.account, u.currency, $1, u.debit, u.credit
+    from unnest($10::text::text[], $11::text::text[], $12::text::numeric[], $13::text::numeric[]) u (account, currency, debit, credit)
+    on conflict (account, currency, shard) do update set debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
+), of_days as (
+    insert into oncepay.account_days as t (account, currency, day, kind, shard, debit, credit)
+    select u.account, u.currency, u.day, u.kind, $1, u.debit, u.credit
+    from unnest($14::text::text[], $15::text::text[], $16::text::date[], $17::text::text[], $18::text::numeric[],
+                $19::text::numeric[])
+         u (account, currency, day, kind, debit, credit)
+    on conflict (account, currency, day, kind, shard) do update set
+        debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
+)
 insert into oncepay.kind_totals as t (kind, currency, shard, entries, amount)
 select u.kind, u.currency, $1, u.entries, u.amount
-from unnest($2::text::text[], $3::text::text[], $4::text::bigint[], $5::text::numeric[]) u (kind, currency, entries, amount)
+from unnest($20::text::text[], $21::text::text[], $22::text::bigint[], $23::text::numeric[]) u (kind, currency, entries, amount)
 on conflict (kind, currency, shard) do update set entries = t.entries + excluded.entries, amount = t.amount + excluded.amount
 
 -- name: open_postings
