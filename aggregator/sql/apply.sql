@@ -110,11 +110,12 @@ set summed_lsn = case when open_since is null then $2 else summed_lsn end,
 where shard = $1
 
 -- name: sum_in_memory
-set local work_mem = '64MB'
+-- Sums are grouped by hash: sorting as many names takes several times as long.
+select set_config('work_mem', '128MB', true), set_config('enable_sort', 'off', true)
 
 -- name: by_position
 -- Statistics never know the newest rows: all would be read for them.
-set local enable_seqscan = off
+select set_config('enable_seqscan', 'off', true)
 
 -- name: sum_postings
 -- Adds the postings of the shards $1 from the position $2 on to the sellers' days and accounts.
