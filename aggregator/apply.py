@@ -20,7 +20,7 @@ from oncepay.errors import MalformedBody
 from oncepay.feed import FEED_ROWS_MAX, EntryRow, FeedAnswer, FeedBatch, FeedPosition, LinkRow, PaymentRow, PayoutRow
 
 EVENTS = queries.load("events.sql")
-CATCHING_UP_ROWS = FEED_ROWS_MAX // 2
+CATCHING_UP_ROWS = FEED_ROWS_MAX // 4
 """A batch of so many rows has more behind it."""
 OPEN_MAX = 200_000
 """Postings of a shard that may wait for being added to the sums: some hundred milliseconds for who reads all sellers' sums, and a
