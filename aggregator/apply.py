@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import asyncpg
 
@@ -16,9 +17,16 @@ from aggregator import queries
 from aggregator.events.record import events_of
 from aggregator.put import SQL, put_rows
 from oncepay.errors import MalformedBody
-from oncepay.feed import EntryRow, FeedAnswer, FeedBatch, FeedPosition, LinkRow, PaymentRow, PayoutRow
+from oncepay.feed import FEED_ROWS_MAX, EntryRow, FeedAnswer, FeedBatch, FeedPosition, LinkRow, PaymentRow, PayoutRow
 
 EVENTS = queries.load("events.sql")
+CATCHING_UP_ROWS = FEED_ROWS_MAX // 4
+"""A batch of so many rows has more behind it."""
+OPEN_MAX = 200_000
+"""Postings of a shard that may wait for being added to the sums: some hundred milliseconds for who reads all sellers' sums, and a
+second for the batch that adds them."""
+OPEN_OF_ONE_MAX = 10_000
+"""And of one seller: some milliseconds for who reads its sums."""
 
 
 def check(batch: FeedBatch) -> None:
@@ -52,15 +60,41 @@ async def apply(connection: asyncpg.Connection, batch: FeedBatch, *, recording: 
         if known is None:
             await connection.execute(SQL["begin_watermark"], batch.shard, batch.incarnation, batch.epoch, batch.from_lsn)
             known = await connection.fetchrow(SQL["lock_watermark"], batch.shard)
-        incarnation, epoch, lsn = known
+        incarnation, epoch, lsn, *behind = known
         reason = refusal(batch, incarnation, epoch, lsn)
         if reason:
             return FeedAnswer(False, lsn, incarnation, epoch, reason)
-        await put_rows(connection, batch)
+        await _put(connection, batch, Behind(*behind))
         if recording:
             await _events(connection, batch)
         await connection.execute(SQL["move_watermark"], batch.shard, batch.to_lsn, batch.epoch)
     return FeedAnswer(True, batch.to_lsn, batch.incarnation, batch.epoch)
+
+
+class Behind(NamedTuple):
+    """The shard's open postings before a batch: since which position (None: there are none), how many, and how many of one seller
+    at most."""
+
+    after_lsn: int | None
+    postings: int
+    of_one: int
+
+
+async def _put(connection: asyncpg.Connection, batch: FeedBatch, behind: Behind) -> None:
+    """Put the rows. The sellers' sums wait while the shard catches up, and are made for many batches at once."""
+    catching_up = batch.rows >= CATCHING_UP_ROWS
+    if behind.after_lsn is None and not catching_up:
+        await put_rows(connection, batch)
+        return
+    opened = await put_rows(connection, batch, sum_sellers=False)
+    if catching_up and behind.postings + opened.postings < OPEN_MAX and behind.of_one + opened.of_one < OPEN_OF_ONE_MAX:
+        await connection.execute(SQL["open_postings"], batch.shard, batch.from_lsn, *opened)
+        return
+    await connection.execute(SQL["sum_in_memory"])
+    await connection.execute(SQL["by_position"])
+    after_lsn = batch.from_lsn if behind.after_lsn is None else behind.after_lsn
+    await connection.execute(SQL["sum_postings"], [batch.shard], after_lsn + 1)
+    await connection.execute(SQL["close_postings"], batch.shard)
 
 
 def refusal(batch: FeedBatch, incarnation: str, epoch: int, lsn: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
+from typing import TypeVar
 
 Fields = list[bytes]
 
@@ -19,12 +20,14 @@ TEXT_OID, INT8_OID = 25, 20
 POSTGRES_EPOCH_US = 946_684_800_000_000
 """2000-01-01 UTC in microseconds since 1970."""
 
+_Element = TypeVar("_Element", str, int)
 _width = struct.Struct(">h").pack
 _length = struct.Struct(">i").pack
 _int4 = struct.Struct(">ii").pack
 _int8 = struct.Struct(">iq").pack
 _uint8 = struct.Struct(">iQ").pack
 _array = struct.Struct(">iiiiii").pack
+_TRUE, _FALSE = b"\0\0\0\1\1", b"\0\0\0\1\0"
 _EMPTY = {oid: struct.pack(">iiii", 12, 0, 0, oid) for oid in (TEXT_OID, INT8_OID)}
 
 
@@ -64,6 +67,11 @@ def optional_int8s(values: Iterable[int | None]) -> Fields:
     return [NULL if value is None else _int8(8, value) for value in values]
 
 
+def booleans(values: Iterable[bool]) -> Fields:
+    """`boolean`."""
+    return [_TRUE if value else _FALSE for value in values]
+
+
 def lsns(values: Iterable[int]) -> Fields:
     """`pg_lsn`."""
     return [_uint8(8, value) for value in values]
@@ -74,18 +82,16 @@ def times(values_us: Iterable[int]) -> Fields:
     return [_int8(8, value - POSTGRES_EPOCH_US) for value in values_us]
 
 
-def text_arrays(values: Iterable[Sequence[str]]) -> Fields:
+def text_arrays(values: Sequence[Sequence[str]]) -> Fields:
     """`text[]`, whose elements come often."""
-    known: dict[str, bytes] = {}
-    get, add = known.get, known.setdefault
-    return [_of_elements(TEXT_OID, [get(one) or add(one, _text(one)) for one in each]) for each in values]
+    elements = set(chain.from_iterable(values))
+    return _arrays(TEXT_OID, values, dict(zip(elements, texts(elements), strict=True)))
 
 
-def int8_arrays(values: Iterable[Sequence[int]]) -> Fields:
+def int8_arrays(values: Sequence[Sequence[int]]) -> Fields:
     """`bigint[]`, whose elements come often. Raises struct.error for what is none."""
-    known: dict[int, bytes] = {}
-    get, add = known.get, known.setdefault
-    return [_of_elements(INT8_OID, [get(one) or add(one, _int8(8, one)) for one in each]) for each in values]
+    elements = set(chain.from_iterable(values))
+    return _arrays(INT8_OID, values, dict(zip(elements, int8s(elements), strict=True)))
 
 
 def _text(value: str) -> bytes:
@@ -93,9 +99,11 @@ def _text(value: str) -> bytes:
     return _length(len(encoded)) + encoded
 
 
-def _of_elements(oid: int, elements: Sequence[bytes]) -> bytes:
-    """An array of one dimension without nulls, from 1 on."""
-    if not elements:
-        return _EMPTY[oid]
-    joined = b"".join(elements)
-    return _array(20 + len(joined), 1, 0, oid, len(elements), 1) + joined
+def _arrays(oid: int, values: Sequence[Sequence[_Element]], known: dict[_Element, bytes]) -> Fields:
+    """Arrays of one dimension without nulls, from 1 on; `known` has each element as a field."""
+    get, empty = known.__getitem__, _EMPTY[oid]
+    joined = [b"".join(map(get, each)) for each in values]
+    return [
+        _array(20 + len(fields), 1, 0, oid, len(each), 1) + fields if each else empty
+        for each, fields in zip(values, joined, strict=True)
+    ]

@@ -10,7 +10,7 @@ import datetime as dt
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from oncepay.cart import PLATFORM_SELLER
 from oncepay.feed import EntryRow
@@ -25,13 +25,17 @@ _EPOCH_DAY = dt.date(1970, 1, 1).toordinal()
 
 class SellerPosting(NamedTuple):
     """What an entry did to a seller that it names: `amount` is the change of what the seller is owed, `total` that before the
-    platform's fee, `fee` the platform's part (`oncepay.by_seller` says the same in SQL)."""
+    platform's fee, `fee` the platform's part (`oncepay.by_seller` says the same in SQL). `debit` and `credit` are those of the
+    seller's own account, None where no posting was on it; `named`: by a posting, and not only by its account."""
 
     seller: str
     entry: EntryRow
     amount: int
     total: int
     fee: int
+    debit: int | None
+    credit: int | None
+    named: bool
 
 
 @dataclass(slots=True)
@@ -77,6 +81,17 @@ class Sums:
     kinds: dict[tuple[str, str], KindTotal] = field(default_factory=dict)
     postings: list[SellerPosting] = field(default_factory=list, compare=False)
 
+    def add(self, other: Sums) -> None:
+        """What `other` has of accounts and kinds; the sellers' sums are made of the postings."""
+        for account, total in other.accounts.items():
+            _add(self.accounts, account, total.debit, total.credit)
+        for of_day, total in other.account_days.items():
+            _add(self.account_days, of_day, total.debit, total.credit)
+        for name, of_kind in other.kinds.items():
+            kind = self.kinds.setdefault(name, KindTotal())
+            kind.entries += of_kind.entries
+            kind.amount += of_kind.amount
+
 
 @lru_cache(maxsize=4096)
 def _day(number: int) -> dt.date:
@@ -93,86 +108,116 @@ def seller_of(account: str) -> str:
     return account[7:-8] if account.startswith("seller:") and account.endswith(":payable") else ""
 
 
-def fold(entries: Iterable[EntryRow]) -> Sums:
-    """The sums over `entries`; each must be given once."""
+def fold(entries: Iterable[EntryRow], *, of_sellers: bool = True) -> Sums:
+    """The sums over `entries`; each must be given once. Without `of_sellers` what can be made of the postings later is left out:
+    the sellers' days, and their accounts."""
     sums = Sums()
+    groups: dict[tuple[str, str, int], _Group] = {}
     for entry in entries:
-        day = day_of(entry.created_at_us)
-        sellers = _add_accounts(sums, entry, day)
-        if sellers:
-            _add_sellers(sums, entry, day, sellers)
+        name = entry.kind, entry.currency, entry.created_at_us // _DAY_US
+        group = groups.get(name)
+        if group is None:
+            group = groups[name] = _Group()
+        _add_entry(group, sums.postings, entry)
+    for (kind, currency, day), group in groups.items():
+        _add_group(sums, group, kind, currency, _day(day))
+    if of_sellers:
+        for posting in sums.postings:
+            _add_posting(sums, posting)
     return sums
 
 
-class _Part:
-    """What an entry does to one seller, while its postings are gone through."""
+class _Group:
+    """The entries of a kind, a currency and a day, while they are gone through: how many there are, and what each account gets by
+    them, debit and credit; all sellers' accounts are one."""
 
-    __slots__ = ("amount", "fee", "named", "total")
+    __slots__ = ("accounts", "entries")
 
     def __init__(self) -> None:
-        self.amount = self.total = self.fee = 0
-        self.named = False
+        self.entries = 0
+        self.accounts: dict[str, list[int]] = {}
 
 
-def _add_accounts(sums: Sums, entry: EntryRow, day: dt.date) -> dict[str, _Part]:
-    """Counts each posting on its account; the sellers that the entry names, or whose accounts it names."""
-    currency, kind_name, debits = entry.currency, entry.kind, 0
-    accounts, days, sellers = sums.accounts, sums.account_days, dict[str, _Part]()
+_AMOUNT, _TOTAL, _FEE, _DEBIT, _CREDIT, _NAMED = range(6)
+"""What an entry does to one seller, while its postings are gone through: a list as the end of SellerPosting, for it is made for
+every posting of a backlog."""
+
+
+def _add_entry(group: _Group, postings: list[SellerPosting], entry: EntryRow) -> None:
+    """Counts each posting on its account; appends what it does to the sellers that it names, or whose accounts it names."""
+    group.entries += 1
+    of_accounts, parts = group.accounts, dict[str, list[Any]]()
     for account, amount, named in zip(entry.accounts, entry.amounts, entry.sellers, strict=True):
         owner = seller_of(account)
-        total = accounts.get((account, currency))
+        total = of_accounts.get(SELLER_ACCOUNTS if owner else account)
         if total is None:
-            total = accounts[account, currency] = AccountTotal()
-        name = (SELLER_ACCOUNTS if owner else account, currency, day, kind_name)
-        of_day = days.get(name)
-        if of_day is None:
-            of_day = days[name] = AccountTotal()
+            total = of_accounts[SELLER_ACCOUNTS if owner else account] = [0, 0]
         if amount > 0:
-            total.debit += amount
-            of_day.debit += amount
-            debits += amount
+            total[0] += amount
         else:
-            total.credit -= amount
-            of_day.credit -= amount
-        seller = named or owner
-        if seller:
-            part = sellers.get(seller)
+            total[1] -= amount
+        if owner:
+            part = parts.get(owner)
             if part is None:
-                part = sellers[seller] = _Part()
-            _add_part(part, seller, owner, account, amount, named)
+                part = parts[owner] = [0, 0, 0, None, None, False]
+            if part[_DEBIT] is None:
+                part[_DEBIT] = part[_CREDIT] = 0
+            if amount > 0:
+                part[_DEBIT] += amount
+            else:
+                part[_CREDIT] -= amount
+            if not named or named == owner:
+                part[_AMOUNT] -= amount
+        if named:
+            part = parts.get(named)
+            if part is None:
+                part = parts[named] = [0, 0, 0, None, None, False]
+            part[_NAMED] = True
+            part[_TOTAL] -= amount
+            if account == PLATFORM_FEES:  # what the platform earns by its own lines is here, too
+                part[_AMOUNT if named == PLATFORM_SELLER else _FEE] -= amount
+    for seller, part in parts.items():
+        postings.append(SellerPosting._make((seller, entry, *part)))
+
+
+def _add_group(sums: Sums, group: _Group, kind_name: str, currency: str, day: dt.date) -> None:
     kind = sums.kinds.setdefault((kind_name, currency), KindTotal())
-    kind.entries += 1
-    kind.amount += debits
-    return sellers
+    kind.entries += group.entries
+    for account, (debit, credit) in group.accounts.items():
+        if account != SELLER_ACCOUNTS:
+            _add(sums.accounts, (account, currency), debit, credit)
+        _add(sums.account_days, (account, currency, day, kind_name), debit, credit)
+        kind.amount += debit
 
 
-def _add_part(part: _Part, seller: str, owner: str, account: str, amount: int, named: str) -> None:
-    """What the platform earns by its own lines is on the account of its fees, as its fees are."""
-    is_fee = account == PLATFORM_FEES
-    if owner == seller or (is_fee and seller == PLATFORM_SELLER):
-        part.amount -= amount
-    if named:
-        part.named = True
-        part.total -= amount
-        if is_fee and seller != PLATFORM_SELLER:
-            part.fee -= amount
+_Name = TypeVar("_Name")
 
 
-def _add_sellers(sums: Sums, entry: EntryRow, day: dt.date, sellers: dict[str, _Part]) -> None:
-    """Which column an entry counts in is said by its kind's first word; payouts and the like are no revenue."""
+def _add(totals: dict[_Name, AccountTotal], name: _Name, debit: int, credit: int) -> None:
+    total = totals.get(name)
+    if total is None:
+        total = totals[name] = AccountTotal()
+    total.debit += debit
+    total.credit += credit
+
+
+def _add_posting(sums: Sums, posting: SellerPosting) -> None:
+    """Which column it counts in is said by its kind's first word; payouts and the like are no revenue."""
+    entry = posting.entry
+    if posting.debit is not None and posting.credit is not None:
+        _add(sums.accounts, (f"seller:{posting.seller}:payable", entry.currency), posting.debit, posting.credit)
     category = entry.kind.partition("_")[0]
-    for seller, part in sellers.items():
-        sums.postings.append(SellerPosting(seller, entry, part.amount, part.total, part.fee))
-        if not part.named or category not in ("payment", "refund", "dispute"):
-            continue
-        row = sums.seller_days.get((seller, entry.currency, day))
-        if row is None:
-            row = sums.seller_days[seller, entry.currency, day] = SellerDay()
-        row.fees += part.fee
-        if category == "payment":
-            row.gross += part.total
-            row.payments += 1
-        elif category == "refund":
-            row.refunded -= part.total
-        else:
-            row.disputed -= part.total
+    if not posting.named or category not in ("payment", "refund", "dispute"):
+        return
+    name = posting.seller, entry.currency, day_of(entry.created_at_us)
+    row = sums.seller_days.get(name)
+    if row is None:
+        row = sums.seller_days[name] = SellerDay()
+    row.fees += posting.fee
+    if category == "payment":
+        row.gross += posting.total
+        row.payments += 1
+    elif category == "refund":
+        row.refunded -= posting.total
+    else:
+        row.disputed -= posting.total

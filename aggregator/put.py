@@ -8,7 +8,9 @@ counts exactly when its insertion made a row, in both ways.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import cache
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -18,18 +20,18 @@ from aggregator import copying, metrics, queries
 from aggregator.copying import Fields
 from aggregator.fold import SellerPosting, Sums, fold
 from aggregator.rows import (
+    Life,
     content_columns,
     entry_columns,
     failure_of,
-    history_columns,
     items_and_fee,
     latest_payments,
     link_columns,
+    lives_of,
     number_array,
     payment_columns,
     payout_columns,
     sorted_entries,
-    sorted_history,
     sorted_links,
     text_array,
 )
@@ -43,8 +45,8 @@ CHUNK_ROWS = 500
 
 _log = get_logger("apply")
 
-_Job = tuple["_Table", Sequence[Any], Callable[[Sequence[Any], str], list[Fields]]]
-"""A table, rows for it, and how they become columns."""
+_Job = tuple["_Table", Callable[[], Sequence[Any]], Callable[[Sequence[Any], str], list[Fields]]]
+"""A table, what makes rows for it when their turn comes, and how they become columns."""
 
 
 class _Table(NamedTuple):
@@ -52,13 +54,6 @@ class _Table(NamedTuple):
 
     name: str
     columns: tuple[str, ...]
-
-
-class _Copy(NamedTuple):
-    """Rows of a table, encoded."""
-
-    table: _Table
-    parts: list[bytes]
 
 
 _ENTRIES = _Table(
@@ -69,10 +64,14 @@ _ENTRIES = _Table(
     ),
 )
 _POSTINGS = _Table(
-    "seller_postings", ("seller", "currency", "created_at", "key", "entry_id", "slot", "kind", "amount", "total", "fee")
+    "seller_postings",
+    (
+        *("seller", "currency", "created_at", "key", "entry_id", "slot", "kind", "amount", "total", "fee"),
+        *("shard", "lsn", "debit", "credit", "named"),
+    ),
 )
 _LINKS = _Table("balance_links", ("balance_transaction", "key", "entry_id", "slot", "created_at", "lsn", "shard"))
-_HISTORY = _Table("payment_history", ("key", "version", "slot", "status", "event", "actor", "committed_at", "lsn", "shard"))
+_VERSIONS = _Table("payment_versions", ("key", "slot", "first_version", "last_version", "versions", "shard"))
 _PAYMENTS = _Table(
     "payments",
     (
@@ -82,96 +81,133 @@ _PAYMENTS = _Table(
 )
 
 
-async def put_rows(connection: asyncpg.Connection, batch: FeedBatch) -> None:
-    """Put a batch of the feed into the tables and the sums."""
+async def put_rows(connection: asyncpg.Connection, batch: FeedBatch, *, sum_sellers: bool = True) -> Opened:
+    """Put a batch of the feed into the tables and the sums. Without `sum_sellers` the sellers' sums are left as they are: the
+    batch's postings are open then, and what is returned says how many there are."""
     shard = batch.shard
-    payments, history = latest_payments(batch.payments), sorted_history(batch.payments)
+    payments, lives = latest_payments(batch.payments), lives_of(batch.payments)
     entries, links = sorted_entries(batch.entries), sorted_links(batch.links)
-    begun = {row.key for row in history if row.version == 1}
+    begun = {life.key for life in lives if life.first_version == 1}
     new = [row for row in payments if row.key in begun]
+    folded = cache(lambda: fold(entries, of_sellers=sum_sellers))
     try:
         async with connection.transaction():
-            sums = fold(entries)
             jobs: list[_Job] = [
-                (_ENTRIES, entries, _entry_fields),
-                (_POSTINGS, _sorted_postings(sums), _posting_fields),
-                (_LINKS, links, _link_fields),
-                (_HISTORY, history, _history_fields),
-                (_PAYMENTS, new, _payment_fields),
+                (_VERSIONS, lambda: lives, _life_fields),
+                (_ENTRIES, lambda: entries, _entry_fields),
+                (_POSTINGS, lambda: _sorted_postings(folded()), _posting_fields),
+                (_LINKS, lambda: links, _link_fields),
+                (_PAYMENTS, lambda: new, _payment_fields),
             ]
-            await _copy_behind(connection, shard, _add_sums(connection, shard, sums), jobs)
+            await _copy_behind(connection, shard, jobs)
+            sums = folded()
+            await add_sums(connection, shard, sums)
     except asyncpg.UniqueViolationError:
         metrics.REPEATED.labels(shard).inc()
-        await _put_one_by_one(connection, shard, entries, links, history)
+        await _copy_all(connection, shard, _VERSIONS, lives, _life_fields)
+        sums = fold(await _insert_entries(connection, shard, entries), of_sellers=sum_sellers)
+        await _copy_all(connection, shard, _POSTINGS, _sorted_postings(sums), _posting_fields)
+        await _insert_links(connection, shard, links)
+        await add_sums(connection, shard, sums)
         begun.clear()
     await _upsert_payments(connection, shard, [row for row in payments if row.key not in begun])
     await _upsert_payouts(connection, shard, batch.payouts)
+    return Opened.of(sums.postings)
 
 
-async def _put_one_by_one(
-    connection: asyncpg.Connection, shard: str, entries: Sequence[EntryRow], links: Sequence[LinkRow],
-    history: Sequence[PaymentRow],
-) -> None:  # fmt: skip
-    """Put what may be here already; only what is new counts."""
-    sums = fold(await _insert_entries(connection, shard, entries))
-    await _add_sums(connection, shard, sums)
-    await _copy(connection, await _encoded((_POSTINGS, _sorted_postings(sums), _posting_fields), shard))
-    await _insert_links(connection, shard, links)
-    await _add_history(connection, shard, history, at_commit=True)
+class Opened(NamedTuple):
+    """Postings of a batch: when the earliest is of, how many there are, and how many one seller has at most."""
+
+    since_us: int | None
+    postings: int
+    of_one: int
+
+    @classmethod
+    def of(cls, postings: Sequence[SellerPosting]) -> Opened:
+        """What the aggregator keeps of postings whose sums it doesn't add yet."""
+        if not postings:
+            return cls(None, 0, 0)
+        of_each = Counter(map(itemgetter(0), postings))
+        return cls(min(row.entry.created_at_us for row in postings), len(postings), max(of_each.values()))
 
 
-async def put_anew(connection: asyncpg.Connection, batch: FeedBatch) -> None:
-    """Put rows of a table that is rebuilt, whose slots were forgotten. The sums are made afterwards, of all of them at once.
+async def put_anew(connection: asyncpg.Connection, batch: FeedBatch, *, known_versions: bool) -> Sums:
+    """Put rows of a table that is rebuilt, whose slots were forgotten. What it returns is to be added to the sums; the
+    sellers' are made of their postings.
+
+    `known_versions`: there is a history already, and what it has stays.
 
     Raises UniqueViolationError when the body of a rebuild brings a row twice.
     """
     shard, entries = batch.shard, sorted_entries(batch.entries)
     payments, links = latest_payments(batch.payments), sorted_links(batch.links)
-    history = _add_history(connection, shard, sorted_history(batch.payments), at_commit=False)
+    lives = lives_of(batch.payments, at_commit=False)
+    if known_versions:
+        lives = await _unknown(connection, lives)
+    folded = cache(lambda: fold(entries, of_sellers=False))
     jobs: list[_Job] = [
-        (_ENTRIES, entries, _entry_fields),
-        (_POSTINGS, _sorted_postings(fold(entries)), _posting_fields),
-        (_LINKS, links, _link_fields),
-        (_PAYMENTS, payments, _payment_fields),
+        (_VERSIONS, lambda: lives, _life_fields),
+        (_ENTRIES, lambda: entries, _entry_fields),
+        (_POSTINGS, lambda: _sorted_postings(folded()), _posting_fields),
+        (_LINKS, lambda: links, _link_fields),
+        (_PAYMENTS, lambda: payments, _payment_fields),
     ]
-    await _copy_behind(connection, shard, history, jobs)
+    await _copy_behind(connection, shard, jobs)
     await _upsert_payouts(connection, shard, batch.payouts)
+    return folded()
 
 
 # What is new
 
 
-async def _copy_behind(
-    connection: asyncpg.Connection, shard: str, first: Coroutine[Any, Any, None], jobs: Sequence[_Job]
-) -> None:
-    """Run `first`, then copy each job's rows. While Postgres works at one of them, the next is encoded."""
-    running = asyncio.ensure_future(first)
+async def _copy_behind(connection: asyncpg.Connection, shard: str, jobs: Sequence[_Job]) -> None:
+    """Copy each job's rows. While Postgres works at those of one, the next ones are made and encoded.
+
+    Two shards' batches may have entries, links and payments in common: these tables come in the order of `put_rows`.
+    """
+    running: asyncio.Future[None] | None = None
     try:
-        for job in jobs:
-            made = await _encoded(job, shard)
-            await running
-            running = asyncio.ensure_future(_copy(connection, made))
+        for table, rows, fields in jobs:
+            body = await _encoded(rows(), shard, fields)
+            if running is not None:
+                await running
+            sent = asyncio.Event()
+            running = asyncio.ensure_future(_copy(connection, table, body, sent))
+            await sent.wait()  # else Postgres would wait for it while this process encodes
     finally:
-        await running
+        if running is not None:
+            await running
 
 
-async def _encoded(job: _Job, shard: str) -> _Copy:
-    """The rows as COPY takes them. Between two parts others have their turn: a statement that Postgres works at goes on."""
-    table, rows, fields = job
+async def _copy_all(
+    connection: asyncpg.Connection, shard: str, table: _Table, rows: Sequence[Any], fields: Callable[..., list[Fields]]
+) -> None:
+    await _copy(connection, table, await _encoded(rows, shard, fields), asyncio.Event())
+
+
+async def _encoded(rows: Sequence[Any], shard: str, fields: Callable[..., list[Fields]]) -> list[bytes]:
+    """The rows as COPY takes them. Between two parts others have their turn."""
     parts = []
     for first in range(0, len(rows), CHUNK_ROWS):
         parts.append(copying.rows(fields(rows[first : first + CHUNK_ROWS], shard)))
         await asyncio.sleep(0)
-    return _Copy(table, parts)
+    return parts
 
 
-async def _copy(connection: asyncpg.Connection, copy: _Copy) -> None:
+async def _copy(connection: asyncpg.Connection, table: _Table, parts: list[bytes], sent: asyncio.Event) -> None:
+    """Copy encoded rows. `sent` is set when Postgres has been given them, or nothing more comes of it."""
+
     async def body() -> AsyncIterator[bytes]:
-        yield b"".join((copying.HEADER, *copy.parts, copying.TRAILER))
+        yield b"".join((copying.HEADER, *parts, copying.TRAILER))
+        sent.set()
 
-    if copy.parts:
-        columns = copy.table.columns
-        await connection.copy_to_table(copy.table.name, schema_name="oncepay", source=body(), columns=columns, format="binary")
+    try:
+        if parts:
+            await connection.copy_to_table(
+                table.name, schema_name="oncepay", source=body(), columns=table.columns, format="binary"
+            )
+    finally:
+        sent.set()
 
 
 def _sorted_postings(sums: Sums) -> list[SellerPosting]:
@@ -197,7 +233,6 @@ def _entry_fields(rows: Sequence[EntryRow], shard: str) -> list[Fields]:
 
 
 def _posting_fields(rows: Sequence[SellerPosting], shard: str) -> list[Fields]:
-    del shard
     entries = [row.entry for row in rows]
     return [
         copying.texts([row.seller for row in rows]),
@@ -210,6 +245,11 @@ def _posting_fields(rows: Sequence[SellerPosting], shard: str) -> list[Fields]:
         copying.int8s([row.amount for row in rows]),
         copying.int8s([row.total for row in rows]),
         copying.int8s([row.fee for row in rows]),
+        copying.words([shard] * len(rows)),
+        copying.lsns([entry.lsn for entry in entries]),
+        copying.optional_int8s([row.debit for row in rows]),
+        copying.optional_int8s([row.credit for row in rows]),
+        copying.booleans([row.named for row in rows]),
     ]
 
 
@@ -225,16 +265,13 @@ def _link_fields(rows: Sequence[LinkRow], shard: str) -> list[Fields]:
     ]
 
 
-def _history_fields(rows: Sequence[PaymentRow], shard: str) -> list[Fields]:
+def _life_fields(rows: Sequence[Life], shard: str) -> list[Fields]:
     return [
         copying.texts([row.key for row in rows]),
-        copying.int8s([row.version for row in rows]),
         copying.int4s([row.slot for row in rows]),
-        copying.words([row.status for row in rows]),
-        copying.words([row.event for row in rows]),
-        copying.words([row.actor for row in rows]),
-        copying.times([row.committed_at_ms * 1000 for row in rows]),
-        copying.lsns([row.lsn for row in rows]),
+        copying.int8s([row.first_version for row in rows]),
+        copying.int8s([row.last_version for row in rows]),
+        copying.texts([row.versions for row in rows]),
         copying.words([shard] * len(rows)),
     ]
 
@@ -284,9 +321,11 @@ async def _insert_links(connection: asyncpg.Connection, shard: str, rows: Sequen
         await connection.execute(SQL["insert_links"], shard, *link_columns(rows))
 
 
-async def _add_history(connection: asyncpg.Connection, shard: str, rows: Sequence[PaymentRow], *, at_commit: bool) -> None:
-    if rows:
-        await connection.execute(SQL["add_history"], shard, *history_columns(rows, at_commit=at_commit))
+async def _unknown(connection: asyncpg.Connection, lives: Sequence[Life]) -> list[Life]:
+    """Those whose last version the history doesn't have."""
+    columns = text_array(life.key for life in lives), number_array(life.last_version for life in lives)
+    known = {tuple(row) for row in await connection.fetch(SQL["known_versions"], *columns)}
+    return [life for life in lives if (life.key, life.last_version) not in known]
 
 
 async def _upsert_payments(connection: asyncpg.Connection, shard: str, rows: Sequence[PaymentRow]) -> None:
@@ -303,46 +342,34 @@ async def _upsert_payouts(connection: asyncpg.Connection, shard: str, rows: Sequ
         await connection.execute(PAYOUTS["upsert"], shard, *payout_columns(rows))
 
 
-async def _add_sums(connection: asyncpg.Connection, shard: str, sums: Sums) -> None:
+async def add_sums(connection: asyncpg.Connection, shard: str, sums: Sums) -> None:
     """Add what new entries come to."""
     if not sums.kinds:
         return
-    days = sorted(sums.seller_days.items(), key=itemgetter(0))
-    if days:
-        await connection.execute(
-            SQL["add_seller_days"],
-            shard,
-            text_array([key[0] for key, _ in days]),
-            text_array([key[1] for key, _ in days]),
-            text_array([key[2].isoformat() for key, _ in days]),
-            *(number_array(map(attrgetter(name), [row for _, row in days])) for name in _SELLER_DAY),
-        )
+    sellers = sorted(sums.seller_days.items(), key=itemgetter(0))
     accounts = sorted(sums.accounts.items(), key=itemgetter(0))
-    await connection.execute(
-        SQL["add_account_totals"],
-        shard,
-        text_array([account for (account, _), _ in accounts]),
-        text_array([currency for (_, currency), _ in accounts]),
-        number_array([total.debit for _, total in accounts]),
-        number_array([total.credit for _, total in accounts]),
-    )
-    of_days = sorted(sums.account_days.items(), key=itemgetter(0))
-    await connection.execute(
-        SQL["add_account_days"],
-        shard,
-        *(text_array([str(key[i]) for key, _ in of_days]) for i in range(4)),
-        number_array([total.debit for _, total in of_days]),
-        number_array([total.credit for _, total in of_days]),
-    )
+    days = sorted(sums.account_days.items(), key=itemgetter(0))
     kinds = sorted(sums.kinds.items(), key=itemgetter(0))
     await connection.execute(
-        SQL["add_kind_totals"],
+        SQL["add_sums"],
         shard,
-        text_array([kind for (kind, _), _ in kinds]),
-        text_array([currency for (_, currency), _ in kinds]),
+        *_names(sellers, 3),
+        *(number_array(map(attrgetter(name), [row for _, row in sellers])) for name in _SELLER_DAY),
+        *_names(accounts, 2),
+        number_array([total.debit for _, total in accounts]),
+        number_array([total.credit for _, total in accounts]),
+        *_names(days, 4),
+        number_array([total.debit for _, total in days]),
+        number_array([total.credit for _, total in days]),
+        *_names(kinds, 2),
         number_array([total.entries for _, total in kinds]),
         number_array([total.amount for _, total in kinds]),
     )
+
+
+def _names(sums: Sequence[tuple[tuple[Any, ...], Any]], width: int) -> list[str]:
+    """The columns of their keys."""
+    return [text_array([str(name[i]) for name, _ in sums]) for i in range(width)]
 
 
 _SELLER_DAY = ("payments", "gross", "refunded", "disputed", "fees")

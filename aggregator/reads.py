@@ -29,7 +29,7 @@ from aggregator.views import (
     TrialCurrency,
 )
 from oncepay.errors import InvalidField
-from oncepay.ledger import PLATFORM_FEES, STRIPE_FEES, payable
+from oncepay.ledger import PLATFORM_FEES, STRIPE_FEES
 
 SQL = queries.load("read.sql")
 
@@ -90,7 +90,7 @@ def known_zone() -> Iterator[None]:
 
 async def balance(connection: asyncpg.Connection, seller: str, held_since: dt.datetime) -> list[Balance]:
     """What is on the seller's account, in each currency that it ever had. Payments from `held_since` on are pending."""
-    rows = await connection.fetch(SQL["balance"], payable(seller), seller, held_since)
+    rows = await connection.fetch(SQL["balance"], seller, held_since)
     return [_balance(currency, int(debit), int(credit), int(pending)) for currency, debit, credit, pending in rows]
 
 

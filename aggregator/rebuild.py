@@ -14,14 +14,15 @@ import msgspec
 
 from aggregator import queries
 from aggregator.apply import check
+from aggregator.fold import Sums
 from aggregator.put import SQL as APPLY
-from aggregator.put import put_anew
+from aggregator.put import add_sums, put_anew
 from oncepay.errors import MalformedBody, OncepayError
 from oncepay.feed import FEED_BYTES_MAX, FeedBatch, FeedPosition, RebuildHead, decode_batch, decode_head
 from oncepay.logs import get_logger
 
 SQL = queries.load("rebuild.sql")
-_SUMS = ("sum_seller_days", "sum_account_totals", "sum_account_days", "sum_kinds")
+_SUMS = ("sum_account_totals", "sum_account_days", "sum_kinds")
 
 _log = get_logger("rebuild")
 
@@ -50,14 +51,16 @@ async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> Fe
         await _lock(connection, head)
         affected = [row[0] for row in await connection.fetch(SQL["forget_slots"], shard, slots)]
         await connection.execute(SQL["forget_payouts"], slots)
-        rows = 0
-        async for frame in _frames(body):
-            batch = _batch(frame, head)
-            await put_anew(connection, batch)
-            rows += batch.rows
-        await connection.execute(SQL["sort_in_memory"])
+        await connection.execute(APPLY["sum_in_memory"])
         for name in _SUMS:
             await connection.execute(SQL[name], affected)
+        rows, sums, known_versions = 0, Sums(), await connection.fetchval(SQL["any_version"])
+        async for frame in _frames(body):
+            batch = _batch(frame, head)
+            sums.add(await put_anew(connection, batch, known_versions=known_versions))
+            rows += batch.rows
+        await add_sums(connection, shard, sums)
+        await connection.execute(APPLY["sum_postings"], affected, 0)
         await connection.execute(SQL["forget_versions"], slots)
         await connection.execute(SQL["set_watermark"], shard, head.incarnation, head.epoch, head.lsn)
     _log.info("shard rebuilt", shard=shard, rows=rows, lsn=head.lsn, sums_of=affected)

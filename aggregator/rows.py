@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -107,23 +107,37 @@ def payment_columns(rows: Sequence[PaymentRow]) -> tuple[str, ...]:
     )
 
 
-def sorted_history(rows: Iterable[PaymentRow]) -> list[PaymentRow]:
-    """In the order of the history's key."""
-    return sorted(rows, key=attrgetter("key", "version"))
+class Life(NamedTuple):
+    """The versions of a payment that one batch brings, as `payment_versions` keeps them."""
+
+    key: str
+    slot: int
+    first_version: int
+    last_version: int
+    versions: str
 
 
-def history_columns(rows: Sequence[PaymentRow], *, at_commit: bool) -> tuple[str, ...]:
-    """For `add_history`. Without `at_commit` the rows are a table's, and when each was committed isn't known exactly."""
-    return (
-        text_array(row.key for row in rows),
-        number_array(row.version for row in rows),
-        number_array(row.slot for row in rows),
-        text_array(row.status for row in rows),
-        text_array(row.event for row in rows),
-        text_array(row.actor for row in rows),
-        number_array(row.committed_at_ms for row in rows),
-        optional_text_array(lsn_text(row.lsn) if at_commit else None for row in rows),
-    )
+_json = msgspec.json.Encoder()
+
+
+def lives_of(rows: Iterable[PaymentRow], *, at_commit: bool = True) -> list[Life]:
+    """By key. Without `at_commit` the rows are a table's, and at which position each was committed isn't known."""
+    slots: dict[str, int] = {}
+    versions: dict[str, list[tuple[int, str, str, str, int, int | None]]] = {}
+    for row in rows:
+        version = row.version, row.status, row.event, row.actor, row.committed_at_ms, row.lsn if at_commit else None
+        known = versions.get(row.key)
+        if known is None:
+            slots[row.key], versions[row.key] = row.slot, [version]
+        else:
+            known.append(version)
+    lives = []
+    for key in sorted(versions):
+        of_key = versions[key]
+        if len(of_key) > 1:
+            of_key.sort()
+        lives.append(Life(key, slots[key], of_key[0][0], of_key[-1][0], _json.encode(of_key).decode()))
+    return lives
 
 
 def sorted_entries(rows: Iterable[EntryRow]) -> list[EntryRow]:

@@ -16,7 +16,6 @@ from aggregator.reads import known_zone
 from aggregator.views import StatementEntry
 from oncepay.cart import PLATFORM_SELLER
 from oncepay.errors import InvalidField
-from oncepay.ledger import payable
 from oncepay.money import exponent
 
 SQL = queries.load("read.sql")
@@ -62,9 +61,7 @@ async def period(
 
 async def opening(connection: asyncpg.Connection, of: Period, after: EntryCursor) -> int:
     """What the seller was owed before the entries that come after `after`, in minor units."""
-    owed, since = await connection.fetchrow(
-        SQL["owed_from"], of.seller, of.currency, *msgspec.structs.astuple(after), payable(of.seller)
-    )
+    owed, since = await connection.fetchrow(SQL["owed_from"], of.seller, of.currency, *msgspec.structs.astuple(after))
     return int(owed - since)
 
 

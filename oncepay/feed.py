@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-FEED_ROWS_MAX = 5_000
+FEED_ROWS_MAX = 10_000
 """Rows in one batch, all kinds together: the worker closes a batch at the first commit past it. No transaction is split."""
 
 FEED_BYTES_MAX = 64 * 1024 * 1024

@@ -4,7 +4,8 @@
 
 -- name: lock_watermark
 -- The shard's row, locked until the batch is in or refused.
-select incarnation, epoch, lsn from oncepay.watermarks where shard = $1 for update
+select incarnation, epoch, lsn, case when open_since is not null then summed_lsn end as after_lsn, open_postings, open_of_one
+from oncepay.watermarks where shard = $1 for update
 
 -- name: begin_watermark
 -- A shard never seen begins where its first batch does.
@@ -64,45 +65,85 @@ update oncepay.payments p set items = u.items, platform_fee = u.fee
 from unnest($1::text::text[], $2::text::text[], $3::text::bigint[]) u (key, items, fee)
 where p.key = u.key and p.items is null and u.items is not null
 
--- name: add_history
-insert into oncepay.payment_history (key, version, slot, status, event, actor, committed_at, shard, lsn)
-select u.key, u.version, u.slot, u.status, u.event, u.actor, timestamptz 'epoch' + u.committed_ms * interval '1 millisecond', $1,
-       u.lsn
-from unnest($2::text::text[], $3::text::bigint[], $4::text::integer[], $5::text::text[], $6::text::text[], $7::text::text[],
-            $8::text::bigint[], $9::text::pg_lsn[])
-     u (key, version, slot, status, event, actor, committed_ms, lsn)
-on conflict (key, version) do nothing
+-- name: known_versions
+-- Which of these versions the history has already.
+select u.key, u.version
+from unnest($1::text::text[], $2::text::bigint[]) u (key, version)
+where exists (select from oncepay.payment_history h where h.key = u.key and h.version = u.version)
 
--- name: add_seller_days
-insert into oncepay.seller_days as d (seller, currency, day, shard, payments, gross, refunded, disputed, fees, net)
-select u.seller, u.currency, u.day, $1, u.payments, u.gross, u.refunded, u.disputed, u.fees,
-       u.gross - u.refunded - u.disputed - u.fees
-from unnest($2::text::text[], $3::text::text[], $4::text::date[], $5::text::bigint[], $6::text::bigint[], $7::text::bigint[],
-            $8::text::bigint[], $9::text::bigint[])
-     u (seller, currency, day, payments, gross, refunded, disputed, fees)
-on conflict (seller, currency, day, shard) do update set
-    payments = d.payments + excluded.payments, gross = d.gross + excluded.gross, refunded = d.refunded + excluded.refunded,
-    disputed = d.disputed + excluded.disputed, fees = d.fees + excluded.fees, net = d.net + excluded.net
-
--- name: add_account_totals
-insert into oncepay.account_totals as t (account, currency, shard, debit, credit)
-select u.account, u.currency, $1, u.debit, u.credit
-from unnest($2::text::text[], $3::text::text[], $4::text::numeric[], $5::text::numeric[]) u (account, currency, debit, credit)
-on conflict (account, currency, shard) do update set debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
-
--- name: add_account_days
-insert into oncepay.account_days as t (account, currency, day, kind, shard, debit, credit)
-select u.account, u.currency, u.day, u.kind, $1, u.debit, u.credit
-from unnest($2::text::text[], $3::text::text[], $4::text::date[], $5::text::text[], $6::text::numeric[], $7::text::numeric[])
-     u (account, currency, day, kind, debit, credit)
-on conflict (account, currency, day, kind, shard) do update set
-    debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
-
--- name: add_kind_totals
+-- name: add_sums
+with of_sellers as (
+    insert into oncepay.seller_days as d (seller, currency, day, shard, payments, gross, refunded, disputed, fees, net)
+    select u.seller, u.currency, u.day, $1, u.payments, u.gross, u.refunded, u.disputed, u.fees,
+           u.gross - u.refunded - u.disputed - u.fees
+    from unnest($2::text::text[], $3::text::text[], $4::text::date[], $5::text::bigint[], $6::text::bigint[], $7::text::bigint[],
+                $8::text::bigint[], $9::text::bigint[])
+         u (seller, currency, day, payments, gross, refunded, disputed, fees)
+    on conflict (seller, currency, day, shard) do update set
+        payments = d.payments + excluded.payments, gross = d.gross + excluded.gross, refunded = d.refunded + excluded.refunded,
+        disputed = d.disputed + excluded.disputed, fees = d.fees + excluded.fees, net = d.net + excluded.net
+), of_accounts as (
+    insert into oncepay.account_totals as t (account, currency, shard, debit, credit)
+    select u.account, u.currency, $1, u.debit, u.credit
+    from unnest($10::text::text[], $11::text::text[], $12::text::numeric[], $13::text::numeric[]) u (account, currency, debit, credit)
+    on conflict (account, currency, shard) do update set debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
+), of_days as (
+    insert into oncepay.account_days as t (account, currency, day, kind, shard, debit, credit)
+    select u.account, u.currency, u.day, u.kind, $1, u.debit, u.credit
+    from unnest($14::text::text[], $15::text::text[], $16::text::date[], $17::text::text[], $18::text::numeric[],
+                $19::text::numeric[])
+         u (account, currency, day, kind, debit, credit)
+    on conflict (account, currency, day, kind, shard) do update set
+        debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
+)
 insert into oncepay.kind_totals as t (kind, currency, shard, entries, amount)
 select u.kind, u.currency, $1, u.entries, u.amount
-from unnest($2::text::text[], $3::text::text[], $4::text::bigint[], $5::text::numeric[]) u (kind, currency, entries, amount)
+from unnest($20::text::text[], $21::text::text[], $22::text::bigint[], $23::text::numeric[]) u (kind, currency, entries, amount)
 on conflict (kind, currency, shard) do update set entries = t.entries + excluded.entries, amount = t.amount + excluded.amount
+
+-- name: open_postings
+-- The postings after the position $2, of which the earliest is of $3 (microseconds since 1970), are left for later.
+update oncepay.watermarks
+set summed_lsn = case when open_since is null then $2 else summed_lsn end,
+    open_since = least(open_since, timestamptz 'epoch' + $3::bigint * interval '1 microsecond'),
+    open_postings = open_postings + $4, open_of_one = open_of_one + $5
+where shard = $1
+
+-- name: sum_in_memory
+-- Sums are grouped by hash: sorting as many names takes several times as long.
+select set_config('work_mem', '128MB', true), set_config('enable_sort', 'off', true)
+
+-- name: by_position
+-- Statistics never know the newest rows: all would be read for them.
+select set_config('enable_seqscan', 'off', true)
+
+-- name: sum_postings
+-- Adds the postings of the shards $1 from the position $2 on to the sellers' days and accounts.
+with s as materialized (
+    select shard, seller, currency, day, bool_or(counts) as counts, sum(payments) as payments, sum(gross)::bigint as gross,
+           sum(refunded)::bigint as refunded, sum(disputed)::bigint as disputed, sum(fees)::bigint as fees,
+           sum(debit) as debit, sum(credit) as credit
+    from oncepay.seller_movements
+    where shard = any ($1::text[]) and lsn >= $2
+    group by shard, seller, currency, day
+), days as (
+    insert into oncepay.seller_days as d (seller, currency, day, shard, payments, gross, refunded, disputed, fees, net)
+    select seller, currency, day, shard, payments, gross, refunded, disputed, fees, gross - refunded - disputed - fees
+    from s where counts
+    order by seller, currency, day, shard
+    on conflict (seller, currency, day, shard) do update set
+        payments = d.payments + excluded.payments, gross = d.gross + excluded.gross, refunded = d.refunded + excluded.refunded,
+        disputed = d.disputed + excluded.disputed, fees = d.fees + excluded.fees, net = d.net + excluded.net
+)
+insert into oncepay.account_totals as t (account, currency, shard, debit, credit)
+select 'seller:' || seller || ':payable', currency, shard, sum(debit), sum(credit)
+from s where debit is not null
+group by seller, currency, shard
+order by 1, 2, 3
+on conflict (account, currency, shard) do update set debit = t.debit + excluded.debit, credit = t.credit + excluded.credit
+
+-- name: close_postings
+update oncepay.watermarks set open_since = null, open_postings = 0, open_of_one = 0 where shard = $1
 
 -- name: move_watermark
 update oncepay.watermarks set lsn = $2, epoch = $3, applied_at = clock_timestamp() where shard = $1

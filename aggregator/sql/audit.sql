@@ -51,10 +51,12 @@ with folded as (
 ), totals as (
     select u.seller, t.currency, sum(t.credit - t.debit) as owed
     from unnest($1::text[]) u (seller)
-    join oncepay.account_totals t on t.account = 'seller:' || u.seller || ':payable'
+    cross join lateral oncepay.account_of(u.seller) t
     group by u.seller, t.currency
 ), days as (
-    select seller, currency, sum(net) as net from oncepay.seller_days where seller = any ($1::text[]) group by seller, currency
+    select u.seller, d.currency, sum(d.net) as net
+    from unnest($1::text[]) u (seller) cross join lateral oncepay.days_of(u.seller) d
+    group by u.seller, d.currency
 )
 select coalesce(f.seller, t.seller, d.seller) as seller
 from folded f
@@ -65,13 +67,13 @@ where coalesce(f.owed, 0) <> coalesce(t.owed, 0) or coalesce(f.net, 0) <> coales
 -- name: accounts_differ
 -- Currencies that don't balance, and accounts whose days don't come to their totals.
 select currency || ' doesn''t balance' as what
-from oncepay.account_totals group by currency having sum(debit) <> sum(credit)
+from oncepay.current_account_totals group by currency having sum(debit) <> sum(credit)
 union all
 select coalesce(t.account, d.account) || ' ' || coalesce(t.currency, d.currency)
 from (
     select case when account like 'seller:%:payable' then 'seller:*:payable' else account end as account, currency,
            sum(debit) as debit, sum(credit) as credit
-    from oncepay.account_totals group by 1, 2) t
+    from oncepay.current_account_totals group by 1, 2) t
 full join (
     select account, currency, sum(debit) as debit, sum(credit) as credit from oncepay.account_days group by 1, 2) d
     on d.account = t.account and d.currency = t.currency

@@ -23,7 +23,7 @@ where excluded.version > p.version
 -- payout in the currency (0: none), `held` whether its entry is among those that the balance was summed from.
 with owed as (
     select substr(t.account, 8, length(t.account) - 15) as seller, t.currency, sum(t.credit - t.debit) as balance
-    from oncepay.account_totals t
+    from oncepay.current_account_totals t
     where t.account like 'seller:%:payable' and ($1::text is null or t.currency = $1)
       and ($2::text[] is null or t.account = any (select 'seller:' || name || ':payable' from unnest($2::text[]) name))
     group by t.account, t.currency

@@ -8,16 +8,16 @@ select shard, lsn from oncepay.watermarks order by shard
 select min(day) as first_day, coalesce(sum(payments), 0)::bigint as payments, coalesce(sum(gross), 0)::bigint as gross,
        coalesce(sum(refunded), 0)::bigint as refunded, coalesce(sum(disputed), 0)::bigint as disputed,
        coalesce(sum(fees), 0)::bigint as fees, coalesce(sum(net), 0)::bigint as net
-from oncepay.seller_days
-where seller = $1 and currency = $2 and ($3::date is null or day >= $3) and ($4::date is null or day <= $4)
+from oncepay.days_of($1)
+where currency = $2 and ($3::date is null or day >= $3) and ($4::date is null or day <= $4)
 
 -- name: revenue_by
 -- $5 is day, week (from Monday) or month. `first_day` is the first day that the row covers.
 select greatest(date_trunc($5, day::timestamp)::date, $3::date) as first_day, sum(payments)::bigint as payments,
        sum(gross)::bigint as gross, sum(refunded)::bigint as refunded, sum(disputed)::bigint as disputed,
        sum(fees)::bigint as fees, sum(net)::bigint as net
-from oncepay.seller_days
-where seller = $1 and currency = $2 and ($3::date is null or day >= $3) and ($4::date is null or day <= $4)
+from oncepay.days_of($1)
+where currency = $2 and ($3::date is null or day >= $3) and ($4::date is null or day <= $4)
 group by 1
 order by 1
 limit $6
@@ -42,23 +42,23 @@ order by 1
 limit $6
 
 -- name: balance
--- `pending`: what payments since $3 brought and haven't lost again; it isn't paid out yet.
+-- `pending`: what payments since $2 brought and haven't lost again; it isn't paid out yet.
 select t.currency, sum(t.debit) as debit, sum(t.credit) as credit, (
     select coalesce(sum(greatest(k.amount, 0)), 0)
     from (
         select sum(p.amount) as amount
         from oncepay.seller_postings p
-        where p.seller = $2 and p.currency = t.currency and p.created_at >= $3
+        where p.seller = $1 and p.currency = t.currency and p.created_at >= $2
         group by p.key
         having bool_or(p.kind = 'payment')) k) as pending
-from oncepay.account_totals t where t.account = $1
+from oncepay.account_of($1) t
 group by t.currency
 order by t.currency
 
 -- name: owed_from
 -- What the seller is owed now, and the part of it that comes from $3 on (in the order of the statement: $4 and $5 are the key
 -- and the entry that are the first ones left out, or empty).
-select coalesce((select sum(credit - debit) from oncepay.account_totals where account = $6 and currency = $2), 0) as owed,
+select coalesce((select sum(credit - debit) from oncepay.account_of($1) where currency = $2), 0) as owed,
        coalesce((
            select sum(amount) from oncepay.seller_postings
            where seller = $1 and currency = $2 and (created_at, key, entry_id) > ($3::timestamptz, $4::text, $5::text)), 0) as since
@@ -80,7 +80,7 @@ limit $7
 select account, currency, sum(debit) as debit, sum(credit) as credit
 from (
     select case when account like 'seller:%:payable' then 'seller:*:payable' else account end as account, currency, debit, credit
-    from oncepay.account_totals
+    from oncepay.current_account_totals
     where $3::text is null or currency = $3
     union all
     select case when p.account like 'seller:%:payable' then 'seller:*:payable' else p.account end, e.currency,
@@ -123,7 +123,7 @@ from oncepay.payment_history where key = $1 order by version
 -- name: sellers
 select seller, currency, sum(payments)::bigint as payments, sum(gross)::bigint as gross, sum(fees)::bigint as fees,
        sum(net)::bigint as net
-from oncepay.seller_days
+from oncepay.current_seller_days
 where ($1::text is null or currency = $1)
 group by seller, currency
 order by sum(gross) desc, seller, currency
@@ -133,7 +133,7 @@ limit $2
 -- The sellers' accounts are shown as one: there may be very many.
 select case when account like 'seller:%:payable' then 'seller:*:payable' else account end as account, currency,
        sum(debit) as debit, sum(credit) as credit
-from oncepay.account_totals
+from oncepay.current_account_totals
 group by 1, 2
 order by 1, 2
 

@@ -202,11 +202,17 @@ class Applied(NamedTuple):
         }
 
 
+def _nothing_more(lsn: int, shard: str) -> bytes:
+    return encode_batch(FeedBatch(shard, "bench", 1, lsn, lsn + 1))
+
+
 async def apply_all(running: Running, shape: Shape) -> Applied:
-    """Post the whole backlog, each shard's batches one after the other, the shards beside one another."""
+    """Post the whole backlog, each shard's batches one after the other, the shards beside one another; at the end of each
+    an empty one, as a worker does that has caught up: nothing may be left for later then."""
     url = f"http://127.0.0.1:{running.port('aggregator')}/v1/feed"
     headers = {"Authorization": f"Bearer {running.settings.internal_token}"}
     logs = [batches(shape, shard) for shard in range(shape.shards)]
+    last = [START_LSN] * shape.shards
     seconds, entries, payments, times, spent = 0.0, 0, 0, list[float](), processor_s(running)
 
     async def post(http: aiohttp.ClientSession, bodies: list[bytes]) -> None:
@@ -221,11 +227,17 @@ async def apply_all(running: Running, shape: Shape) -> Applied:
     async with aiohttp.ClientSession(headers=headers) as http:
         while groups := [group for log in logs if (group := list(islice(log, GROUP)))]:
             bodies = [[encode_batch(batch) for batch in group] for group in groups]
+            for group in groups:
+                last[shape.names.index(group[-1].shard)] = group[-1].to_lsn
             entries += sum(len(batch.entries) for group in groups for batch in group)
             payments += sum(len(batch.links) // shape.each for group in groups for batch in group)
             groups.clear()
             began_s = time.perf_counter()
             await asyncio.gather(*(post(http, each) for each in bodies))
             seconds += time.perf_counter() - began_s
+        ends = [_nothing_more(lsn, shard) for lsn, shard in zip(last, shape.names, strict=True)]
+        began_s = time.perf_counter()
+        await asyncio.gather(*(post(http, [each]) for each in ends))
+        seconds += time.perf_counter() - began_s
     used = {name: now_s - spent[name] for name, now_s in processor_s(running).items()}
     return Applied(entries, payments, seconds, times, used)

@@ -17,8 +17,9 @@ from oncepay.payment_text import parse_terms
 from tests.aggregator.strategies import History
 
 TABLES = (
-    *("watermarks", "payments", "payment_history", "entries", "balance_links", "seller_days", "account_totals", "kind_totals"),
-    *("seller_postings", "account_days", "payouts", "events", "event_cursors", "event_retries", "event_deliveries"),
+    *("watermarks", "payments", "payment_history_rows", "payment_versions", "entries", "balance_links", "seller_days"),
+    *("account_totals", "kind_totals", "seller_postings", "account_days", "payouts", "events", "event_cursors"),
+    *("event_retries", "event_deliveries"),
 )
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 State = dict[str, Any]
@@ -41,10 +42,10 @@ async def held(connection: asyncpg.Connection) -> State:
     links = await connection.fetch("select balance_transaction, key, entry_id from oncepay.balance_links")
     days = await connection.fetch(
         "select seller, currency, day, sum(payments), sum(gross), sum(refunded), sum(disputed), sum(fees), sum(net)"
-        " from oncepay.seller_days group by 1, 2, 3"
+        " from oncepay.current_seller_days group by 1, 2, 3"
     )
     accounts = await connection.fetch(
-        "select account, currency, sum(debit), sum(credit) from oncepay.account_totals group by 1, 2"
+        "select account, currency, sum(debit), sum(credit) from oncepay.current_account_totals group by 1, 2"
     )
     of_days = await connection.fetch(
         "select account, currency, day, kind, sum(debit), sum(credit) from oncepay.account_days group by 1, 2, 3, 4"

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from aggregator import apply
+from aggregator import apply, reads
 from aggregator.metrics import CONTRADICTIONS
 from aggregator.migrate import migrate
 from oncepay.cart import Fee, Item, shares_of
 from oncepay.errors import MalformedBody
-from oncepay.feed import FeedPosition
+from oncepay.feed import FeedPosition, lsn_text
 from oncepay.ledger import payment_entry
 from tests.aggregator.conftest import PASSWORDS
 from tests.aggregator.database import empty, expected, held
@@ -148,6 +148,19 @@ async def test_an_entry_that_comes_again_with_another_content_is_counted_and_cha
     after = await held(connection)
     assert {**after, "watermarks": 0} == {**before, "watermarks": 0}
     assert CONTRADICTIONS.labels("s1")._value.get() == counted + 1
+
+
+async def test_a_version_that_comes_twice_is_shown_once(connection: asyncpg.Connection) -> None:
+    source, target = paid("s0"), History("s1")
+    target.payments += [payment_row(target.commit(), "k", "succeeded", version, ITEMS, captured=1500) for version in (2, 3)]
+    for history in (source, target):
+        assert (await apply.apply(connection, history.whole())).applied
+    shown = [(row.version, row.status, row.shard, row.lsn) for row in await reads.history(connection, "k")]
+    assert shown == [
+        (1, "created", "s0", lsn_text(source.payments[0].lsn)),
+        (2, "succeeded", "s1", lsn_text(target.payments[0].lsn)),
+        (3, "succeeded", "s1", lsn_text(target.lsn)),
+    ]
 
 
 @REAL

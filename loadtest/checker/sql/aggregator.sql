@@ -18,11 +18,11 @@ select balance_transaction, key, entry_id from oncepay.balance_links
 -- name: seller_days
 select seller, currency, day - date '1970-01-01', sum(payments)::bigint, sum(gross)::bigint, sum(refunded)::bigint,
        sum(disputed)::bigint, sum(fees)::bigint, sum(net)::bigint
-from oncepay.seller_days
+from oncepay.current_seller_days
 group by 1, 2, 3
 
 -- name: accounts
-select account, currency, sum(debit), sum(credit) from oncepay.account_totals group by 1, 2
+select account, currency, sum(debit), sum(credit) from oncepay.current_account_totals group by 1, 2
 
 -- name: kinds
 select kind, currency, sum(entries)::bigint, sum(amount) from oncepay.kind_totals group by 1, 2
