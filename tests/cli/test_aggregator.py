@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -25,8 +26,12 @@ def run(*args: str) -> Any:
 
 @pytest.mark.cluster
 def test_the_status_of_a_cluster(cluster: Cluster, home: None) -> None:
-    found = run("status")
-    assert {feed["shard"] for feed in found["feeds"]} == {shard.name for shard in cluster.status().shards}
+    names = {shard.name for shard in cluster.status().shards}
+    found, until_s = run("status"), time.monotonic() + 60
+    while {feed["shard"] for feed in found["feeds"]} != names and time.monotonic() < until_s:
+        time.sleep(0.5)  # a young cluster's shard has sent nothing yet
+        found = run("status")
+    assert {feed["shard"] for feed in found["feeds"]} == names
     assert all(feed["behind_bytes"] is not None for feed in found["feeds"])
     assert set(found["rows"]) == {"entries", "payments", "balance_links", "seller_postings"}
     assert found["audit"]["differences"] == []
