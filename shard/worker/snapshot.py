@@ -99,6 +99,8 @@ async def open_snapshot(
         [(_, timeline, _, _)] = await maker.query("IDENTIFY_SYSTEM")
         incarnation = await _identify(maker, node, epoch)
         await _revive_slot(maker)
+        # The exported snapshot lives in an idle transaction of this connection, until the session below has it.
+        await maker.query("set idle_in_transaction_session_timeout = 0")
         [(_, point, exported, _)] = await maker.query(
             f"CREATE_REPLICATION_SLOT \"{SLOT}_rebuild_{epoch}\" TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')", SLOT_S
         )
