@@ -35,7 +35,7 @@ SWEEP_S = 15.0
 _MEMBER = re.compile(r"\{(\w+)\}")
 _PLAIN = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9_~.-]*)+").fullmatch
 """A path that says the same before and after decoding, and whose segments stand for themselves."""
-_UNUSUAL = frozenset({b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"})
+_UNUSUAL = frozenset({"transfer-encoding", "content-encoding", "expect", "upgrade"})
 
 _log = get_logger("front")
 
@@ -89,9 +89,8 @@ class _Connection(asyncio.Protocol):
         self._raw: list[bytes] = []
         self._raw_bytes = 0
         self._url = b""
-        self._head_bytes = 0
-        self._names: set[bytes] = set()
-        self._headers: list[tuple[str, str]] = []
+        self._headers: dict[istr, str] = {}
+        self._headed = False
         self._body: list[bytes] = []
         self._found: tuple[WholeHandler, dict[str, str]] | None = None
         self._whole = False
@@ -152,10 +151,14 @@ class _Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._unusual = True
-        if self._unusual or self._raw_bytes > self._front.bytes_max:
+        if self._unusual or self._raw_bytes > self._front.bytes_max or (self._raw_bytes > HEAD_BYTES_MAX and self._is_long()):
             self._hand_on()
         elif self._whole:
             self._serve()
+
+    def _is_long(self) -> bool:
+        """Whether the head is longer than it may be here."""
+        return not self._headed or b"".join(self._raw).find(b"\r\n\r\n") > HEAD_BYTES_MAX
 
     def _hand_on(self) -> None:
         """The connection is aiohttp's from now on, from the first byte that was not answered."""
@@ -216,17 +219,16 @@ class _Connection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        lower = name.lower()
-        self._head_bytes += len(name) + len(value)
-        if lower in self._names or lower in _UNUSUAL or self._head_bytes > HEAD_BYTES_MAX:
+        known = _known(name)
+        if known in self._headers or known in _UNUSUAL:
             self._unusual = True
-        self._names.add(lower)
-        self._headers.append((_known(name), value.decode("utf-8", "surrogateescape")))
+        self._headers[known] = value.decode("utf-8", "surrogateescape")
 
     def on_headers_complete(self) -> None:
         parser = self._parser
+        self._headed = True
         self._found = self._front.find(parser.get_method(), self._url)
-        usual = parser.should_keep_alive() and parser.get_http_version() == "1.1" and b"host" in self._names
+        usual = parser.should_keep_alive() and parser.get_http_version() == "1.1" and "host" in self._headers
         if self._found is None or not usual:
             self._unusual = True
 
@@ -313,5 +315,5 @@ class Front:
 
 @functools.lru_cache(256)
 def _known(name: bytes) -> istr:
-    """A header's name, ready to be compared."""
-    return istr(name.decode("utf-8", "surrogateescape"))
+    """A header's name in lower case, ready to be compared."""
+    return istr(name.decode("utf-8", "surrogateescape").lower())

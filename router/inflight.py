@@ -47,8 +47,11 @@ class InFlight:
             raise TooBusy(f"{DRIVES_MAX} payments are in flight")
 
     def moved(self, payment: Payment) -> None:
-        """Tell those who wait for this payment."""
-        for future in self._waiting.get(payment.key, ()):
+        """Tell those who wait for this payment, when it is what they wait for: a move on the way would wake them in vain."""
+        waiting = self._waiting.get(payment.key)
+        if not waiting or _is_awaited(payment):
+            return
+        for future in waiting:
             if not future.done():
                 future.set_result(payment)
 
@@ -85,7 +88,7 @@ class InFlight:
     async def wait(self, payment: Payment, timeout_s: float) -> Payment:
         """The payment once it is settled or waits for the buyer or the merchant, else as it is after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
-        while (not payment.settled or payment.refunds_asked) and (left_s := deadline_s - time.monotonic()) > 0:
+        while _is_awaited(payment) and (left_s := deadline_s - time.monotonic()) > 0:
             future: asyncio.Future[Payment] = asyncio.get_running_loop().create_future()
             waiting = self._waiting.setdefault(payment.key, set())
             waiting.add(future)
@@ -115,3 +118,8 @@ class InFlight:
             await asyncio.wait(list(self._runners), timeout=timeout_s)
         for runner in list(self._runners):
             runner.cancel()
+
+
+def _is_awaited(payment: Payment) -> bool:
+    """Whether who waits for the payment's outcome, or for a refund's, still waits."""
+    return not payment.settled or payment.refunds_asked
