@@ -17,7 +17,7 @@ from keygen.pool import AHEAD_S, Pool
 from keygen.records import BLOCK_KEYS, SMALLEST_BLOCK_KEYS
 from keygen.slots import SlotRange, check
 from oncepay.keys import SLOTS
-from oncepay.service import Service, decode, json_response, run
+from oncepay.service import Request, Service, decode, json_response, run
 
 KEYS_A_REQUEST = 10_000
 
@@ -53,7 +53,7 @@ async def start(service: Service) -> AsyncIterator[None]:
     pool = Pool(Blocks(service.etcd, service.name, service.args.block_keys), ahead_s=service.args.ahead_s)
     counted = 0
 
-    async def issue(request: web.Request) -> web.Response:
+    async def issue(request: Request) -> web.Response:
         asked = await decode(request, IssueRequest)
         count = asked.count
         if asked.slots is None:
@@ -78,7 +78,7 @@ async def start(service: Service) -> AsyncIterator[None]:
     AVAILABLE_S.set_function(lambda: pool.available_s)
     KEYS_LEFT.set_function(lambda: pool.state().keys_left)
     BLOCKS_FREE.set_function(lambda: pool.state().blocks_free)
-    service.route("POST", "/v1/keys", issue, scope="pay")
+    service.busy_route("POST", "/v1/keys", issue, scope="pay")
     service.route("GET", "/v1/keys/pool", state, scope="operate")
     service.check("keys", pool.check)
     service.openapi(document(KEYS_A_REQUEST))

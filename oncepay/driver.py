@@ -8,6 +8,7 @@ Stripe idempotency key of a step is made of the payment's key and the step's nam
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import random
 import time
@@ -185,7 +186,7 @@ class Driver:
     async def _apply(self, payment: Payment, *events: Event, event: str) -> Payment:
         after = await self._store.apply(payment, *events, event=event)
         if after is not payment:
-            STEPS.labels(event).inc()
+            _steps(event).inc()
             log = _log.info if after.settled else _log.debug
             log("moved", key=after.key, status=after.status, version=after.version, event_name=event)
             self._on_move(after)
@@ -386,6 +387,11 @@ class Driver:
         """Whether the account that is asked has intents of ours from those days: else it is another one, and knows nothing."""
         page = await self._stripe.intents(created_gte=payment.created_at_ms // 1000 - ACCOUNT_SPAN_S)
         return any(item.id != payment.intent and item.view().key for item in page.data)
+
+
+@functools.lru_cache(128)
+def _steps(step: str) -> Counter:
+    return STEPS.labels(step)
 
 
 async def _pause(round_: int) -> None:

@@ -30,7 +30,7 @@ finally:
 Logger = structlog.typing.FilteringBoundLogger
 EventDict = structlog.typing.EventDict
 
-FLUSH_S = 0.05
+FLUSH_S = 0.2
 """How long a line may wait for others to be written with it: a write for each line costs more than the line."""
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -56,11 +56,7 @@ def setup(level: str = "info", **bound: str) -> None:
     number = LEVELS.get(level, 20)
     structlog.configure(
         processors=[
-            _Completed(bound),
-            structlog.processors.add_log_level,
-            _stamped,
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(serializer=_encode),
+            _Line(bound),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.BytesLoggerFactory(cast(BinaryIO, _Lines(sys.stdout.buffer))),
@@ -69,23 +65,27 @@ def setup(level: str = "info", **bound: str) -> None:
     _join_stdlib()
 
 
-class _Completed:
-    """Adds what every line of the process carries."""
+class _Line:
+    """A line with what every one of the process carries, its level, and the moment as RFC 3339 in UTC to the microsecond.
+
+    One step instead of structlog's chain of five: a payment that is settled is a line.
+    """
 
     def __init__(self, bound: Mapping[str, str]) -> None:
         self._bound = bound
 
-    def __call__(self, _logger: object, _method: str, event: EventDict) -> EventDict:
+    def __call__(self, logger: object, method: str, event: EventDict) -> bytes:
         for name, value in self._bound.items():
             event.setdefault(name, value)
-        return event
+        event["level"] = _LEVEL_NAMES.get(method, method)
+        second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+        event["timestamp"] = f"{_second(second)}.{nanoseconds // 1000:06d}Z"
+        if "exc_info" in event:
+            event = structlog.processors.format_exc_info(logger, method, event)
+        return msgspec.json.encode(event, enc_hook=repr)
 
 
-def _stamped(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """With the moment, as RFC 3339 in UTC to the microsecond."""
-    second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    event["timestamp"] = f"{_second(second)}.{nanoseconds // 1000:06d}Z"
-    return event
+_LEVEL_NAMES = {"exception": "error", "warn": "warning"}
 
 
 @functools.lru_cache(4)
@@ -130,7 +130,3 @@ def _join_stdlib() -> None:
     root = logging.getLogger()
     root.handlers[:] = [_Forward()]
     root.setLevel(logging.WARNING)
-
-
-def _encode(event: object, **_: object) -> bytes:
-    return msgspec.json.encode(event, enc_hook=repr)

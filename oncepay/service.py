@@ -28,7 +28,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from aiohttp import web
 
@@ -36,10 +36,11 @@ from oncepay import logs, telemetry
 from oncepay.apikeys import NO_AUTH, PREFIX, ApiKey, Authenticator, Scope
 from oncepay.errors import Forbidden, MalformedBody, NotFound, OncepayError, SettingsError, Unavailable
 from oncepay.etcd import Etcd, Mirror
+from oncepay.front import Front
 from oncepay.settings import Settings, load
-from oncepay.web import MethodNotAllowed, decode, from_http_exception, json_response, problem_response
+from oncepay.web import MethodNotAllowed, Request, decode, from_http_exception, json_response, problem_response
 
-__all__ = ["Handler", "NotReady", "Service", "Start", "api_key", "decode", "json_response", "request_id", "run"]
+__all__ = ["Handler", "NotReady", "Request", "Service", "Start", "api_key", "decode", "json_response", "request_id", "run"]
 
 BODY_LIMIT_BYTES = 1 << 20
 CHECK_TIMEOUT_S = 2.0
@@ -53,6 +54,7 @@ REQUEST_ID_CHARACTERS = 64
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Check = Callable[[], Awaitable[None]]
+Asked = TypeVar("Asked", bound=Request)
 
 _MEMBER = re.compile(r"\{(\w+)\}")
 _REQUEST_ID = web.RequestKey("request_id", str)
@@ -78,15 +80,16 @@ class Internal(OncepayError):
     """Something went wrong here."""
 
 
-def api_key(request: web.Request) -> ApiKey:
+def api_key(request: Request) -> ApiKey:
     """Who sent the request; on a public route nobody in particular."""
     key: ApiKey = request.get(_API_KEY, NO_AUTH)
     return key
 
 
-def request_id(request: web.Request) -> str:
+def request_id(request: Request) -> str:
     """The request's id: what the client sent as X-Request-Id, else one of ours."""
-    return request[_REQUEST_ID]
+    given: str = request[_REQUEST_ID]
+    return given
 
 
 class Route(NamedTuple):
@@ -119,10 +122,12 @@ class Service:
         self.stopping = asyncio.Event()
         self.failed = False
         self.app = web.Application(client_max_size=body_limit_bytes)
+        self._body_limit_bytes = body_limit_bytes
         self._checks: dict[str, Check] = {}
         self._openapi: object = None
         self._before_metrics: list[Callable[[], None]] = []
         self._routes: list[Route] = []
+        self._busy: list[tuple[str, str, Callable[[Request], Awaitable[web.StreamResponse]]]] = []
         self._ids = map(f"{os.urandom(6).hex()}-{{:x}}".format, itertools.count(1))
         self._tasks: set[asyncio.Task[None]] = set()
         self._keys = Mirror(self.etcd, PREFIX)
@@ -134,6 +139,15 @@ class Service:
 
     # What a service registers
 
+    def busy_route(
+        self, method: str, path: str, handler: Callable[[Request], Awaitable[web.StreamResponse]], *, scope: Scope | None = None
+    ) -> None:
+        """Serve `method path` like `route`, and its usual requests before aiohttp (`oncepay.front`): answers come whole."""
+        wrapped = self._wrap(handler, telemetry.RequestMetrics(method, path), scope)
+        self._add(method, path, wrapped)
+        self._busy.append((method, path, wrapped))
+        self._routes.append(Route(method, path, scope))
+
     def route(self, method: str, path: str, handler: Handler, *, scope: Scope | None = None, seller_member: str = "") -> None:
         """Serve `method path`; `scope` None makes it public (health, webhooks that carry a signature).
 
@@ -141,12 +155,15 @@ class Service:
         API key, and only for that seller.
         """
         wrapped = self._wrap(handler, telemetry.RequestMetrics(method, path), scope, seller_member)
+        self._add(method, path, wrapped)
+        self._routes.append(Route(method, path, scope))
+
+    def _add(self, method: str, path: str, wrapped: Handler) -> None:
         pattern = _MEMBER.sub(r"{\1:[^/]+}", path)  # a member may hold braces too
         if method == "GET":
             self.app.router.add_get(pattern, wrapped)
         else:
             self.app.router.add_route(method, pattern, wrapped)
-        self._routes.append(Route(method, path, scope))
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -181,11 +198,17 @@ class Service:
 
     # A request
 
-    def _wrap(self, handler: Handler, metrics: telemetry.RequestMetrics, scope: Scope | None, seller_member: str = "") -> Handler:
+    def _wrap(
+        self,
+        handler: Callable[[Asked], Awaitable[web.StreamResponse]],
+        metrics: telemetry.RequestMetrics,
+        scope: Scope | None,
+        seller_member: str = "",
+    ) -> Callable[[Asked], Awaitable[web.StreamResponse]]:
         check = self._authenticator.check if scope and self.settings.auth else None
         ids = self._ids
 
-        async def handle(request: web.Request) -> web.StreamResponse:
+        async def handle(request: Asked) -> web.StreamResponse:
             began = perf_counter()
             headers = request.headers
             given = headers.get("X-Request-Id")
@@ -273,8 +296,13 @@ class Service:
             runner = web.AppRunner(self.app, handle_signals=False, access_log=None, shutdown_timeout=SHUTDOWN_S)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
+            assert runner.server is not None
+            front = Front(runner.server, body_bytes_max=self._body_limit_bytes)
+            stack.push_async_callback(front.close, SHUTDOWN_S)
+            for method, path, handler in self._busy:
+                front.route(method, path, handler)
             for sock in sockets:
-                await web.SockSite(runner, sock, backlog=BACKLOG).start()
+                await front.listen(sock, BACKLOG)
             gc.collect()
             gc.freeze()
             gc.set_threshold(*COLLECT_AFTER)
@@ -296,7 +324,7 @@ class Service:
 Start = Callable[[Service], AbstractAsyncContextManager[None]]
 
 
-def _error_response(request: web.Request, error: Exception) -> web.Response:
+def _error_response(request: Request, error: Exception) -> web.Response:
     """The problem document of `error`, logged and counted."""
     if isinstance(error, web.HTTPException):
         error = from_http_exception(error)

@@ -24,12 +24,23 @@ from oncepay.wire import Answer, Wire
 
 RETRIES_MAX = 2
 REPLAYED = "idempotent-replayed"
-HEADERS = ("stripe-should-retry", REPLAYED)
+SHOULD_RETRY = "stripe-should-retry"
+HEADERS = (SHOULD_RETRY, REPLAYED)
 """What is read of an answer's headers; by the first one Stripe tells the package whether to send it again."""
 
 _UNQUOTED = re.compile(r"[A-Za-z0-9_.~-]*").fullmatch
 
 stripe.enable_telemetry = False  # durations of earlier calls, in a header of each call
+
+
+class _Request:
+    """A request as it goes over the wire, and what came of it when it was sent by itself, before the package was asked."""
+
+    __slots__ = ("data", "first")
+
+    def __init__(self, data: bytes, first: Answer | stripe.APIConnectionError) -> None:
+        self.data = data
+        self.first: Answer | stripe.APIConnectionError | None = first
 
 
 class _Transport(stripe.HTTPClient):
@@ -45,15 +56,23 @@ class _Transport(stripe.HTTPClient):
     async def request_async(
         self, method: str, url: str, headers: Mapping[str, str], post_data: object = None
     ) -> tuple[bytes, int, Mapping[str, str]]:
-        """`url` is the path alone, `post_data` the whole request as it goes over the wire."""
-        assert isinstance(post_data, bytes)
+        """`url` is the path alone, `post_data` the request. The first time its first answer is told again."""
+        assert isinstance(post_data, _Request)
+        answer, post_data.first = post_data.first, None
+        if isinstance(answer, stripe.APIConnectionError):
+            raise answer
+        if answer is None:
+            answer = await self.once(method, url, post_data.data)
+        return answer.body, answer.status, answer.headers
+
+    async def once(self, method: str, path: str, data: bytes) -> Answer:
+        """One request. Raises stripe.APIConnectionError."""
         if self._budget is not None:
-            await self._budget.take(method, url)
+            await self._budget.take(method, path)
         try:
-            answer = await self._wire.ask(post_data)
+            return await self._wire.ask(data)
         except OSError as error:
             raise stripe.APIConnectionError(repr(error), should_retry=True) from error  # type: ignore[no-untyped-call]
-        return answer.body, answer.status, answer.headers
 
     def sleep_async(self, secs: float) -> Awaitable[None]:
         return asyncio.sleep(secs)
@@ -98,8 +117,17 @@ class StripeHttp:
             _check(path, version)
             query = f"?{form(parameters)}" if parameters else ""
             request = f"GET {self._base_path}{path}{query}{self._head}{version}\r\n\r\n"
+        whole = request.encode("ascii")
+        first: Answer | stripe.APIConnectionError
+        try:
+            first = await self._transport.once(method, path, whole)
+        except stripe.APIConnectionError as error:
+            first = error
+        else:
+            if first.status < 400 and SHOULD_RETRY not in first.headers:
+                return first  # nothing that the package would send again
         body, status, answered = await self._transport.request_with_retries_async(
-            method, path, {}, request.encode("ascii"), max_network_retries=RETRIES_MAX
+            method, path, {}, _Request(whole, first), max_network_retries=RETRIES_MAX
         )
         return Answer(status, body, answered)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import re
 import time
 from collections.abc import Mapping
 from email.utils import formatdate
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from aiohttp import HttpVersion11, web
@@ -42,6 +43,25 @@ class BadRequest(OncepayError):
     slug = "bad-request"
 
 
+class Request(Protocol):
+    """What handlers ask of a request: aiohttp's own, or one that came whole (`oncepay.front`). Headers' names in any case."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def match_info(self) -> Mapping[str, str]: ...
+    @property
+    def transport(self) -> asyncio.Transport | None: ...
+    async def read(self) -> bytes: ...
+    def get(self, key: web.RequestKey[Any], default: Any, /) -> Any: ...
+    def __getitem__(self, key: web.RequestKey[Any], /) -> Any: ...
+    def __setitem__(self, key: web.RequestKey[Any], value: Any, /) -> None: ...
+
+
 class WholeResponse(web.Response):
     """An answer whose body is there before its first byte is sent. To a usual request it goes out as one piece.
 
@@ -70,14 +90,21 @@ class WholeResponse(web.Response):
         if self._to is None:
             await super().write_eof(data)
             return
+        await self._to.write(self.piece())
+
+    def piece(self) -> bytes:
+        """The answer as it goes over the wire, on a connection that stays open."""
         body = self.body
-        assert isinstance(body, bytes)
+        assert isinstance(body, bytes | None)
         lines = [f"HTTP/1.1 {self.status} {self.reason}", *[f"{name}: {value}" for name, value in self.headers.items()]]
         head = "\r\n".join(lines)
         if head.count("\r") + head.count("\n") != 2 * len(lines) - 2:
             raise ValueError("a header's value can't hold the end of a line")
-        head = f"{head}\r\nContent-Length: {len(body)}\r\nDate: {_date(int(time.time()))}\r\nServer: {SERVER_SOFTWARE}\r\n\r\n"
-        await self._to.write(head.encode() + body)
+        end = f"Date: {_date(int(time.time()))}\r\nServer: {SERVER_SOFTWARE}\r\n\r\n"
+        if body is None:
+            assert self.status in {204, 304}, "an answer of another status says how long its body is"
+            return f"{head}\r\n{end}".encode()
+        return f"{head}\r\nContent-Length: {len(body)}\r\n{end}".encode() + body
 
 
 @functools.lru_cache(4)
@@ -95,7 +122,7 @@ def problem_response(
 ) -> web.Response:
     """The error as application/problem+json with the members of `more`, and with Retry-After when it says so."""
     body = error.problem() | dict(more or {})
-    response = web.Response(body=_encode(body), status=error.status, headers=headers, content_type=PROBLEM_JSON)
+    response = WholeResponse(body=_encode(body), status=error.status, headers=headers, content_type=PROBLEM_JSON)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
@@ -103,7 +130,7 @@ def problem_response(
     return response
 
 
-async def decode(request: web.Request, body_type: type[T]) -> T:
+async def decode(request: Request, body_type: type[T]) -> T:
     """The body as `body_type`. MalformedBody names the field; BodyTooLarge past the service's limit."""
     try:
         return decode_bytes(await request.read(), body_type)

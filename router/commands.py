@@ -20,7 +20,7 @@ from oncepay.payment import Payment, Status
 from oncepay.refunds import by_items, spread
 from oncepay.service import json_response
 from oncepay.settings import Settings
-from oncepay.web import decode_bytes
+from oncepay.web import Request, decode_bytes
 from router.bodies import (
     CancelBody,
     CaptureBody,
@@ -55,7 +55,7 @@ class Commands:
         self._in_flight = in_flight
         self._macs = macs
 
-    async def confirm(self, request: web.Request) -> web.Response:
+    async def confirm(self, request: Request) -> web.Response:
         """POST …/confirm: another payment method on the same payment."""
         body = await _body(request, ConfirmBody)
         check_payment_method(body.payment_method)
@@ -65,12 +65,12 @@ class Commands:
 
         return await self._run(request, "confirm", body, started)
 
-    async def cancel(self, request: web.Request) -> web.Response:
+    async def cancel(self, request: Request) -> web.Response:
         """POST …/cancel: give the payment up; if it turns out to have been paid, that is the outcome."""
         body = await _body(request, CancelBody)
         return await self._run(request, "cancel", body, lambda payment: GiveUp("requested"))
 
-    async def capture(self, request: web.Request) -> web.Response:
+    async def capture(self, request: Request) -> web.Response:
         """POST …/capture: take what was authorised, or a part of it; what is left is released."""
         body = await _body(request, CaptureBody)
 
@@ -82,7 +82,7 @@ class Commands:
 
         return await self._run(request, "capture", body, asked)
 
-    async def refund(self, request: web.Request) -> web.Response:
+    async def refund(self, request: Request) -> web.Response:
         """POST …/refunds: give back all that is left, an amount, or the amounts of some sellers' items."""
         body = await _body(request, RefundBody)
 
@@ -94,7 +94,7 @@ class Commands:
 
         return await self._run(request, "refund", body, asked, status=201)
 
-    def _key(self, request: web.Request) -> str:
+    def _key(self, request: Request) -> str:
         try:
             key = parse_key(request.headers.get(KEY_HEADER))
             origin(key, self._macs.secrets())  # raises for reserved names
@@ -104,7 +104,7 @@ class Commands:
         return key
 
     async def _run(
-        self, request: web.Request, kind: str, body: msgspec.Struct, make: Callable[[Payment], Event], status: int = 200
+        self, request: Request, kind: str, body: msgspec.Struct, make: Callable[[Payment], Event], status: int = 200
     ) -> web.Response:
         """Commit the command and its event in one, drive what follows, and answer once that is over or the wait is."""
         key = self._key(request)
@@ -131,14 +131,14 @@ class Commands:
         self._in_flight.drive(self._driver, payment)
         return await self._answer(request, payment, status, replayed=replayed)
 
-    async def _row(self, request: web.Request) -> Payment:
+    async def _row(self, request: Request) -> Payment:
         key = key_in_path(request)
         payment = await self._store.get(key)
         if payment is None:
             raise NotFound(f"there is no payment {key}")
         return payment
 
-    async def _answer(self, request: web.Request, payment: Payment, status: int, *, replayed: bool) -> web.Response:
+    async def _answer(self, request: Request, payment: Payment, status: int, *, replayed: bool) -> web.Response:
         payment = await self._in_flight.wait(payment, wait_s(request))
         headers = {"Idempotent-Replayed": "true"} if replayed else {}
         if not payment.settled or payment.refunds_asked:
@@ -146,7 +146,7 @@ class Commands:
         return json_response(payment_view(payment), 200 if replayed else status, headers)
 
 
-async def _body(request: web.Request, body_type: type[T]) -> T:
+async def _body(request: Request, body_type: type[T]) -> T:
     """The body; an empty one is an empty object."""
     return decode_bytes(await request.read() or b"{}", body_type)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from oncepay.service import json_response
+from oncepay.service import Request, json_response
+from oncepay.web import WholeResponse
 
 _TAG = re.compile(r'(?:W/)?("[^"]*")')
 
@@ -17,10 +18,10 @@ def etag(version: int) -> str:
     return f'"{version}"'
 
 
-def shown(request: web.Request, version: int, view: Callable[[], object]) -> web.Response:
+def shown(request: Request, version: int, view: Callable[[], object]) -> web.Response:
     """The answer to a GET: 304 when `If-None-Match` names the version, else `view()` with its tag."""
     tag = etag(version)
     asked = request.headers.get("If-None-Match", "").strip()
     if asked == "*" or tag in _TAG.findall(asked):
-        return web.Response(status=304, headers={"ETag": tag})
+        return WholeResponse(status=304, headers={"ETag": tag})
     return json_response(view(), headers={"ETag": tag})

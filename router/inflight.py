@@ -21,6 +21,8 @@ RUNNERS_MAX = 512
 """Payments that are driven at the same time; the others wait for their turn, as no more than a row in a queue."""
 LOOK_AGAIN_S = 1.0
 """How often a waiting caller's payment is read again, in case another process moved it."""
+DRIVEN_LOOK_AGAIN_S = 4.0
+"""The same of a payment that this process drives: it mostly tells of the end itself, and a busy shard is spared the reads."""
 
 _log = get_logger("inflight")
 
@@ -47,7 +49,11 @@ class InFlight:
             raise TooBusy(f"{DRIVES_MAX} payments are in flight")
 
     def moved(self, payment: Payment) -> None:
-        """Tell those who wait for this payment."""
+        """Tell those who wait for this payment, when it is what they wait for: a move on the way would wake them in vain."""
+        if payment.key in self._waiting and not _is_awaited(payment):
+            self._wake(payment)
+
+    def _wake(self, payment: Payment) -> None:
         for future in self._waiting.get(payment.key, ()):
             if not future.done():
                 future.set_result(payment)
@@ -72,7 +78,7 @@ class InFlight:
     async def _drive(self, driver: Driver, payment: Payment) -> None:
         key = payment.key
         try:
-            self.moved(await driver.drive(payment))
+            payment = await driver.drive(payment)
         except OncepayError as error:  # the row says where the worker goes on
             _log.warning("left to the worker", key=key, problem=error.slug, error=str(error))
         except Exception:
@@ -81,16 +87,18 @@ class InFlight:
             self._driven.remove(key)
             if (again := self._next.pop(key, None)) is not None and not self._stopping:
                 self.drive(*again)
+            self._wake(payment)  # from now on its callers have to look for themselves
 
     async def wait(self, payment: Payment, timeout_s: float) -> Payment:
         """The payment once it is settled or waits for the buyer or the merchant, else as it is after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
-        while (not payment.settled or payment.refunds_asked) and (left_s := deadline_s - time.monotonic()) > 0:
+        while _is_awaited(payment) and (left_s := deadline_s - time.monotonic()) > 0:
             future: asyncio.Future[Payment] = asyncio.get_running_loop().create_future()
             waiting = self._waiting.setdefault(payment.key, set())
             waiting.add(future)
+            look_s = DRIVEN_LOOK_AGAIN_S if payment.key in self._driven else LOOK_AGAIN_S
             try:
-                moved = await self._deadlines.within(min(left_s, LOOK_AGAIN_S), future)
+                moved = await self._deadlines.within(min(left_s, look_s), future)
                 if moved.version > payment.version:  # else a move that was committed before what is waited for, told late
                     payment = moved
             except TimeoutError:
@@ -115,3 +123,8 @@ class InFlight:
             await asyncio.wait(list(self._runners), timeout=timeout_s)
         for runner in list(self._runners):
             runner.cancel()
+
+
+def _is_awaited(payment: Payment) -> bool:
+    """Whether who waits for the payment's outcome, or for a refund's, still waits."""
+    return not payment.settled or payment.refunds_asked

@@ -13,7 +13,7 @@ from oncepay.keys import Origin, origin, parse_key
 from oncepay.payment import Key, Payment, Progress, Status
 from oncepay.service import api_key, json_response
 from oncepay.settings import Settings
-from oncepay.web import decode
+from oncepay.web import Request, decode
 from router.bodies import PaymentBody, changed_field, check_payment, fingerprint_of, new_payment, now_ms
 from router.etags import shown
 from router.fees import Fees
@@ -44,7 +44,7 @@ class PaymentCalls:
         self._in_flight = in_flight
         self._macs = macs
 
-    async def submit(self, request: web.Request) -> web.Response:
+    async def submit(self, request: Request) -> web.Response:
         """POST /v1/payments: one key, at most one charge."""
         key, source = self._key_of(request)
         self._slot_limits.take(api_key(request), key)
@@ -79,7 +79,7 @@ class PaymentCalls:
         self._in_flight.drive(self._driver, row)
         return await self._answer(request, row, created=True)
 
-    def _key_of(self, request: web.Request) -> tuple[Key, Origin]:
+    def _key_of(self, request: Request) -> tuple[Key, Origin]:
         """The key in the header, and where it comes from."""
         try:
             key = Key(parse_key(request.headers.get(KEY_HEADER)))
@@ -91,7 +91,7 @@ class PaymentCalls:
             raise
         return key, source
 
-    async def _replay(self, request: web.Request, row: Payment, body: PaymentBody) -> web.Response:
+    async def _replay(self, request: Request, row: Payment, body: PaymentBody) -> web.Response:
         if row.fingerprint != fingerprint_of(body):
             ACCEPTED.labels("key_reused").inc()
             field = changed_field(row, body)
@@ -101,7 +101,7 @@ class PaymentCalls:
             self._in_flight.drive(self._driver, row)  # whoever drove it may have died; every step may be repeated
         return await self._answer(request, row, created=False)
 
-    async def _answer(self, request: web.Request, row: Payment, *, created: bool) -> web.Response:
+    async def _answer(self, request: Request, row: Payment, *, created: bool) -> web.Response:
         if seconds := wait_s(request):
             row = await self._in_flight.wait(row, seconds)
         headers = {} if created else {"Idempotent-Replayed": "true"}
@@ -136,7 +136,7 @@ class PaymentCalls:
         progress = Progress(give_up="requested", successor=payment.key)
         return replace(payment, key=key, status=Status.CANCELED, terms=terms, progress=progress)
 
-    async def show(self, request: web.Request) -> web.Response:
+    async def show(self, request: Request) -> web.Response:
         """GET /v1/payments/{key}: the payment with its entries, behind the barrier."""
         key = key_in_path(request)
         found = await self._store.get_with_entries(key)

@@ -6,10 +6,9 @@ import functools
 import re
 from urllib.parse import quote
 
-from aiohttp import web
-
 from oncepay.errors import InvalidKey, NotFound
 from oncepay.keys import check_characters
+from oncepay.web import Request
 
 WAIT_DEFAULT_S = 10.0
 WAIT_MAX_S = 60.0
@@ -17,7 +16,7 @@ _UNQUOTED = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 _WAIT = re.compile(r"(?:^|[,;\s])wait=(\d+(?:\.\d+)?)")
 
 
-def wait_s(request: web.Request) -> float:
+def wait_s(request: Request) -> float:
     """How long the caller's `Prefer: wait=<seconds>` lets settlement take (RFC 7240), at most WAIT_MAX_S."""
     return _wait_s(request.headers.get("Prefer", ""))
 
@@ -28,7 +27,7 @@ def _wait_s(prefer: str) -> float:
     return min(float(match[1]), WAIT_MAX_S) if match else WAIT_DEFAULT_S
 
 
-def key_in_path(request: web.Request) -> str:
+def key_in_path(request: Request) -> str:
     """The key of the payment that the path names. Raises NotFound for what can be no key, before a shard is asked."""
     key = request.match_info["key"]
     try:

@@ -23,7 +23,7 @@ from oncepay.errors import BadSignature, MalformedBody, Unavailable
 from oncepay.incoming import HANDLED, TERMINAL, head_of, intent_of, take_in
 from oncepay.logs import get_logger
 from oncepay.payment import Payment
-from oncepay.service import json_response
+from oncepay.service import Request, json_response
 from oncepay.stripe_objects import EventObject, ObjectHead
 from shard.store.store import Shards
 
@@ -102,7 +102,7 @@ class StripeWebhooks:
         self._finished = finished
         self._secrets = secrets
 
-    async def receive(self, request: web.Request) -> web.Response:
+    async def receive(self, request: Request) -> web.Response:
         """POST /v1/webhooks/stripe: check the signature over the raw body, commit the effect, answer."""
         body = await request.read()
         self._check(body, request.headers.get("Stripe-Signature", ""))

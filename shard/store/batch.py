@@ -36,7 +36,7 @@ CROWD = 64
 less than two."""
 PATIENCE_S = 0.05
 """How long a batch may be in flight before what waits behind it goes another way."""
-PACE_S = 0.03
+PACE_S = 0.05
 """How soon a batch may follow one of at least BUSY_ROWS operations. A batch costs as much as some thirty of its operations, so
 that under load fewer and larger ones make every payment cheaper, and settled sooner. A lone payment waits for nobody."""
 BUSY_ROWS = 4

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
+import pytest
 from msgspec.structs import replace
 
+from oncepay.driver import Driver
 from oncepay.payment import Key, Payment, Progress, Refund, Status, Terms
 from oncepay.ports import PaymentStore
+from router import inflight
 from router.inflight import InFlight
 
 PAID = Payment(
@@ -38,3 +41,35 @@ async def test_a_move_that_is_told_late_is_not_the_one_that_is_waited_for() -> N
     refunded = replace(PAID, version=11, amount_refunded=100)
     in_flight.moved(refunded)
     assert await waiting is refunded
+
+
+async def test_callers_look_for_themselves_once_nobody_here_drives_the_payment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inflight, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(inflight, "DRIVEN_LOOK_AGAIN_S", 60.0)
+    created = replace(PAID, status=Status.CREATED, version=1, intent="")
+    release = asyncio.Event()
+    reads = 0
+
+    class Store:
+        async def get(self, key: str) -> Payment:
+            nonlocal reads
+            reads += 1
+            return PAID
+
+    class Slow:
+        async def drive(self, payment: Payment) -> Payment:
+            await release.wait()
+            return replace(PAID, status=Status.PROCESSING, version=3)
+
+    in_flight = InFlight(cast(PaymentStore, Store()))
+    in_flight.drive(cast(Driver, Slow()), created)
+    waiting = asyncio.create_task(in_flight.wait(created, 30))
+    await asyncio.sleep(0)
+    in_flight.moved(replace(PAID, status=Status.CONFIRMING, version=2))
+    await asyncio.sleep(0.3)  # past the first look of who is not driven
+    assert not waiting.done()
+    assert reads == 0
+    release.set()
+    async with asyncio.timeout(5):
+        assert await waiting is PAID
+    assert reads == 1
