@@ -1,5 +1,7 @@
 -- The background audit: samples of what is derived, against the shards and against itself.
 
+-- On a shard the planner would make one join of all of the ledger's rows and a sample: `offset 0` and `limit 1` keep it from that.
+
 -- name: shard_sample
 -- Run on a shard: the entries of $2 keys from slot $1 on, of the slots that it owns, and how far its log was.
 select s.key, s.entry_id, s.kind, s.currency, s.source, s.accounts, s.amounts, s.sellers, pg_current_wal_insert_lsn() as position
@@ -11,13 +13,14 @@ from (
         group by e.slot, e.key
         order by e.slot, e.key
         limit $2) k
-    cross join lateral (select * from oncepay.ledger l where l.slot = k.slot and l.key = k.key) l) s
+    cross join lateral (select * from oncepay.ledger l where l.slot = k.slot and l.key = k.key offset 0) l) s
 
 -- name: shard_has
 -- Run on a shard: those of the entries that it has.
 select u.key, u.entry_id
 from unnest($1::integer[], $2::text[], $3::text[]) u (slot, key, entry_id)
-where exists (select from oncepay.ledger e where e.slot = u.slot and e.key = u.key and e.entry_id = u.entry_id)
+cross join lateral (
+    select from oncepay.ledger e where e.slot = u.slot and e.key = u.key and e.entry_id = u.entry_id limit 1) e
 
 -- name: ours
 select e.key, e.entry_id, e.kind, e.currency, e.source, e.accounts, e.amounts, e.sellers

@@ -16,10 +16,12 @@ from aggregator.positions import Reader
 from deploy.local import Cluster
 from oncepay.client import Oncepay
 from oncepay.etcd import Etcd
+from shard.store.migrate import migrate
 from shard.store.store import Shards
 from tests.aggregator.database import empty
 from tests.aggregator.strategies import SELLERS, History, histories
 from tests.aggregator.test_apply import REAL, paid
+from tests.postgres_fixture import PostgresServer
 from tests.router.conftest import CART
 
 pytestmark = pytest.mark.cluster
@@ -73,6 +75,28 @@ async def test_a_sum_that_drifted_is_named(
     await owner.execute(plant)
     await owner.close()
     assert named in (await differing(connection, history))[where]
+
+
+async def test_a_sample_of_a_large_shard_reads_no_table_whole() -> None:
+    """A join of all of the ledger's rows and a sample took 18 s with a million entries."""
+    with PostgresServer() as server:
+        dsn = server.new_database()
+        await migrate(dsn, shard="s0", ranges=[(0, 65_535)], passwords={})
+        connection = await asyncpg.connect(dsn)
+        await connection.execute(
+            "insert into oncepay.entries (slot, key, entry_id, currency, source, accounts, amounts, created_at,"
+            " balance_transaction, fee) select oncepay.slot_of(k), k, 'payment', 'usd', 'ch_' || k, array['C', 'Ps', 'Fs'], array[1000, -900, -100], now(),"
+            " 'txn_' || k, 59 from (select 'k-' || n as k from generate_series(1, 20000) n)"
+        )
+        await connection.execute("vacuum analyze oncepay.entries")
+        rows = await connection.fetch("select slot, key, entry_id from oncepay.entries limit 100")
+        columns = [[row[name] for row in rows] for name in ("slot", "key", "entry_id")]
+        assert len(await connection.fetch(SQL["shard_has"], *columns)) == 100
+        assert len(await connection.fetch(SQL["shard_sample"], 1, 100)) == 200
+        for name, arguments in (("shard_has", columns), ("shard_sample", [1, 100])):
+            plan = [row[0] for row in await connection.fetch("explain " + SQL[name], *arguments)]
+            assert not [line for line in plan if "Seq Scan on entries" in line], plan
+        await connection.close()
 
 
 @contextlib.asynccontextmanager
