@@ -85,8 +85,8 @@ async def test_a_sample_of_a_large_shard_reads_no_table_whole() -> None:
         connection = await asyncpg.connect(dsn)
         await connection.execute(
             "insert into oncepay.entries (slot, key, entry_id, currency, source, accounts, amounts, created_at,"
-            " balance_transaction, fee) select oncepay.slot_of(k), k, 'payment', 'usd', 'ch_' || k, array['C', 'Ps', 'Fs'], array[1000, -900, -100], now(),"
-            " 'txn_' || k, 59 from (select 'k-' || n as k from generate_series(1, 20000) n)"
+            " balance_transaction, fee) select oncepay.slot_of(k), k, 'payment', 'usd', 'ch_' || k, array['C', 'Ps', 'Fs'],"
+            " array[1000, -900, -100], now(), 'txn_' || k, 59 from (select 'k-' || n as k from generate_series(1, 20000) n)"
         )
         await connection.execute("vacuum analyze oncepay.entries")
         rows = await connection.fetch("select slot, key, entry_id from oncepay.entries limit 100")
