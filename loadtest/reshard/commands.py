@@ -41,6 +41,7 @@ class Operator:
         return await asyncio.create_subprocess_exec(
             sys.executable, "-m", "cli", *arguments, "--output", "json",
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment,
+            process_group=0,  # Ctrl-C is for the campaign, which ends when the command has
         )  # fmt: skip
 
     async def end(self, process: asyncio.subprocess.Process) -> tuple[int, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -61,7 +62,12 @@ async def plant(operator: Operator, shard: str, first: int, last: int, count: in
 
 
 async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: int, slots: int) -> dict[str, Any]:
-    """Move one range there and back, `moves` times, while payments go on inside and outside of it."""
+    """Move one range there and back, `moves` times, while payments go on inside and outside of it.
+
+    Ctrl-C ends it after the move that is under way, with what was measured until then.
+    """
+    enough = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, enough.set)
     status = await whole(operator)
     last = FIRST + slots - 1
     names = [shard["name"] for shard in status["shards"]]
@@ -77,6 +83,8 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
         await asyncio.sleep(QUIET_S)
         quiet_until_s = time.monotonic()
         for number in range(moves):
+            if enough.is_set():
+                break
             source = owner(await operator.must("status"), FIRST)
             target = next(name for name in names if name != source)
             plan = await operator.must("reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target)
@@ -90,7 +98,7 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
     moving = [each for each in traffic.answers if each.began_s >= quiet_until_s]
     return {
         "ok": all(each.status in {200, 201} for each in traffic.answers),
-        "moves": moves,
+        "moves": len(held),
         "rows": rows,
         "slots": slots,
         "rate_per_s": rate_per_s,
