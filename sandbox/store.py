@@ -23,6 +23,8 @@ LOCK_WAIT_S = 3.0
 """How long to wait for a predecessor that is still letting go of the state file."""
 CACHE_MAX = 20_000
 """Objects of one kind that are kept in memory; older ones are read from SQLite again."""
+CACHE_SURPLUS = 2_000
+"""How many more there may be before the oldest are dropped: dropping goes over all of them."""
 
 log = logging.getLogger("sandbox.store")
 
@@ -240,7 +242,7 @@ class Table(Generic[R]):
         )
         self._dirty.clear()
         surplus = len(self._cache) - CACHE_MAX
-        if surplus > 0:
+        if surplus > CACHE_SURPLUS:
             for identifier in list(self._cache)[:surplus]:
                 del self._cache[identifier]
 

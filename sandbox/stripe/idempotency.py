@@ -16,6 +16,7 @@ from sandbox.stripe.world import World
 KEY_LENGTH_MAX = 255
 RETENTION_S = 24 * 3_600
 CACHE_MAX = 20_000
+CACHE_SURPLUS = 2_000
 JSON_KIND = ""
 """The `kind` of an answer that is kept as JSON."""
 
@@ -113,7 +114,7 @@ class Idempotency:
         )
         self._pending.clear()
         surplus = len(self._cache) - CACHE_MAX
-        if surplus > 0:
+        if surplus > CACHE_SURPLUS:
             for ticket in list(self._cache)[:surplus]:
                 del self._cache[ticket]
 
