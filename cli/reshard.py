@@ -64,7 +64,13 @@ class SlotRange(click.ParamType[tuple[int, int]]):
 @click.option("--split", "split_shard", metavar="SHARD", help="Move the upper half of what this shard owns.")
 @click.option("--empty", "empty_shard", metavar="SHARD", help="Move all that this shard owns.")
 @click.option("--even", is_flag=True, help="Deal the slots out evenly over all shards.")
-@click.option("--rate", type=click.IntRange(0), default=0, metavar="ROWS", help="At most so many rows a second; 0 is no limit.")
+@click.option(
+    "--rate",
+    type=click.IntRange(0),
+    default=0,
+    metavar="ROWS",
+    help="At most so many rows a second, in each step; 0: no limit.",
+)
 @click.option("--pause-limit", "pause_limit_s", type=click.FloatRange(0.1, 25), default=3.0, show_default=True,
               metavar="SECONDS", help="A switch that would hold the range for longer is undone.")  # fmt: skip
 @dry_run_option

@@ -42,7 +42,7 @@ def say(cell: Cell) -> None:
 async def run(arguments: argparse.Namespace, operator: Operator) -> dict[str, Any]:
     """What the chosen command prints."""
     if arguments.command == "pauses":
-        return await pauses(operator, arguments.moves, arguments.rate, arguments.payments, arguments.slots)
+        return await pauses(operator, arguments.moves, arguments.rate, arguments.payments, arguments.slots, arguments.rows_rate)
     if arguments.command == "copy":
         return await copy_beside_copy(operator, arguments.payments, arguments.slots)
     cells = await matrix(operator, tuple(arguments.step or STEPS), tuple(arguments.victim or VICTIMS), say)
@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument("--moves", type=int, default=20, help="moves to measure (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=100.0, help="payments a second meanwhile (default: %(default)s)")
     parser.add_argument("--payments", type=int, default=20_000, help="payments in the range (default: %(default)s)")
+    parser.add_argument("--rows-rate", type=int, default=0, help="rows a second that a move may take; 0 is no limit")
     parser.add_argument("--slots", type=int, default=8192, help="slots of the range, 10,000 at most (default: %(default)s)")
     arguments = parser.parse_args()
     if not 1 <= arguments.slots <= 10_000:

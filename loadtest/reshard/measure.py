@@ -61,7 +61,7 @@ async def plant(operator: Operator, shard: str, first: int, last: int, count: in
         await connection.close()
 
 
-async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: int, slots: int) -> dict[str, Any]:
+async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: int, slots: int, rows_per_s: int) -> dict[str, Any]:
     """Move one range there and back, `moves` times, while payments go on inside and outside of it.
 
     Ctrl-C ends it after the move that is under way, with what was measured until then.
@@ -87,7 +87,7 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
                 break
             source = owner(await operator.must("status"), FIRST)
             target = next(name for name in names if name != source)
-            plan = await operator.must("reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target)
+            plan = await operator.must("reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target, "--rate", str(rows_per_s))
             started = await operator.must("reshard", "start", plan["move"])
             switched = await operator.must("reshard", "switch", plan["move"])
             held.append(switched["pause_s"])
@@ -102,6 +102,7 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
         "rows": rows,
         "slots": slots,
         "rate_per_s": rate_per_s,
+        "rows_per_s_max": rows_per_s,
         "seconds": round(time.monotonic() - began_s, 1),
         "payments": len(traffic.answers),
         "errors": dict(Counter(str(each.status or each.state) for each in traffic.answers if each.status not in {200, 201})),

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from shard.mover.errors import MoveStopped
+from shard.mover.pace import Pace
 from shard.mover.side import Side
 from shard.mover.stream import Stream
 from shard.mover.tables import Table
@@ -53,16 +54,19 @@ class Comparer:
         self.rows = 0
         """Rows compared so far, as the giver counts them."""
 
-    async def whole(self, rows_total: int, on_chunk: Callable[[int], Awaitable[None]]) -> list[str]:
-        """Compare the whole range; what differs. `on_chunk` hears the number of rows compared."""
+    async def whole(self, rows_total: int, on_chunk: Callable[[int], Awaitable[None]], *, limit_rows_per_s: int = 0) -> list[str]:
+        """Compare the whole range; what differs. `on_chunk` hears the number of rows compared. 0 rows a second: no limit."""
+        pace = Pace(limit_rows_per_s)
         found: list[str] = []
         first, last = self._stream.first, self._stream.last
         per_slot = max(rows_total / (last - first + 1), 0.001)
-        slots = max(1, int(CHUNK_ROWS / per_slot))
+        slots = max(1, int(pace.chunk(CHUNK_ROWS) / per_slot))
         for begin in range(first, last + 1, slots):
             end = min(begin + slots - 1, last)
+            before = self.rows
             found += await self._chunk(begin, end)
             await on_chunk(self.rows)
+            await pace.after(self.rows - before)
             if len(found) > NAMED_MAX:
                 break
         return found

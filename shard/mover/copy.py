@@ -8,13 +8,13 @@ process goes on from there, after any crash or failover.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import asyncpg
 import msgspec
 
 from oncepay.logs import get_logger
+from shard.mover.pace import Pace
 from shard.mover.side import Side
 from shard.mover.tables import Table
 
@@ -72,7 +72,7 @@ class Copier:
         self._last = last
         self._tables = tables
         self._rows_per_slot = max(rows_total / (last - first + 1), 0.001)
-        self._limit = limit_rows_per_s
+        self._pace = Pace(limit_rows_per_s)
         self._lag_max_bytes = lag_max_bytes
 
     async def begin(self) -> None:
@@ -99,14 +99,13 @@ class Copier:
         try:
             with self._taker.own_errors():
                 await self._set_up(target)
-                slots = max(1, int(CHUNK_ROWS / self._rows_per_slot))
+                slots = max(1, int(self._pace.chunk(CHUNK_ROWS) / self._rows_per_slot))
                 while done.next_slot <= self._last:
-                    began_s = time.monotonic()
                     last = min(done.next_slot + slots - 1, self._last)
                     rows, size = await self._chunk(source, target, done.next_slot, last)
                     done = Copied(last + 1, done.rows + rows, done.bytes + size)
                     await on_chunk(done)
-                    await self._throttle(target, rows, time.monotonic() - began_s)
+                    await self._throttle(target, rows)
         finally:
             source.terminate()
             target.terminate()
@@ -142,9 +141,8 @@ class Copier:
             await target.execute(_NOTE, self._move, last + 1, rows, size)
         return rows, size
 
-    async def _throttle(self, target: asyncpg.Connection, rows: int, took_s: float) -> None:
-        if self._limit:
-            await asyncio.sleep(max(0.0, rows / self._limit - took_s))
+    async def _throttle(self, target: asyncpg.Connection, rows: int) -> None:
+        await self._pace.after(rows)
         while await target.fetchval(_LAG) > self._lag_max_bytes:  # noqa: ASYNC110 (the database tells of no event)
             await asyncio.sleep(LAG_PAUSE_S)
 

@@ -25,6 +25,7 @@ from shard.mover.compare import Comparer
 from shard.mover.copy import Copied, Copier
 from shard.mover.errors import MovePaused, MoveStopped, NotDrained, PauseTooLong, StreamLost
 from shard.mover.handover import Handover, claim
+from shard.mover.pace import Pace
 from shard.mover.records import Hold, Records, now_ms
 from shard.mover.side import Side
 from shard.mover.stream import Stream, drop_stale, stream_names
@@ -342,7 +343,7 @@ class Journey:
         async def on_chunk(rows: int) -> None:
             await self._progress({"rows_verified": rows} | self._estimate(rows, self.move.rows_total))
 
-        found = await comparer.whole(max(self.move.rows_total, 1), on_chunk)
+        found = await comparer.whole(max(self.move.rows_total, 1), on_chunk, limit_rows_per_s=self.move.rate_rows_per_s)
         if found:
             if timelines != self.move.copied_on:
                 await self._anew(stream, "after a failover rows differ, as when an old leader's last changes came in")
@@ -482,22 +483,24 @@ class Journey:
 
     async def _delete(self, side: Side) -> None:
         """Delete the range's rows on a shard that doesn't own it, those that refer to others first."""
-        move, gone = self.move, 0
+        move, gone, pace = self.move, 0, Pace(self.move.rate_rows_per_s)
         session = await side.open(mover=True)
         try:
             with side.own_errors():
                 for table in reversed(self._tables):
-                    gone = await self._delete_rows(session, table, gone)
+                    gone = await self._delete_rows(session, table, gone, pace)
         finally:
             session.terminate()
         await drop_stale(side, [name + tail for name in stream_names(move.id) for tail in ("", "_check")])
 
-    async def _delete_rows(self, session: asyncpg.Connection, table: Table, gone: int) -> int:
+    async def _delete_rows(self, session: asyncpg.Connection, table: Table, gone: int, pace: Pace) -> int:
         """Delete the range's rows of one table; how many are gone then, of all tables."""
-        move, count = self.move, DELETE_ROWS
-        while count >= DELETE_ROWS:
-            count = await session.fetchval(_DELETE, move.id, self._hold.epoch, table.name, move.first, move.last, DELETE_ROWS)
+        move, at_once = self.move, pace.chunk(DELETE_ROWS)
+        count = at_once
+        while count >= at_once:
+            count = await session.fetchval(_DELETE, move.id, self._hold.epoch, table.name, move.first, move.last, at_once)
             gone += count
             if count:
                 await self._progress({"rows_deleted": gone})
+                await pace.after(count)
         return gone

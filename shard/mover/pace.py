@@ -1,0 +1,31 @@
+"""How fast a move may go: rows a second, in its copy, its comparison and its deletes alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+CHUNKS_A_SECOND = 4
+"""A slow move takes smaller chunks: what it does at once shouldn't be felt."""
+CHUNK_ROWS_MIN = 500
+
+
+class Pace:
+    """At most `rows_per_s` rows a second (0: no limit), measured from when this was made."""
+
+    def __init__(self, rows_per_s: int) -> None:
+        self._rows_per_s = rows_per_s
+        self._free_s = time.monotonic()
+
+    def chunk(self, rows: int) -> int:
+        """How many rows to take at once: `rows`, or fewer where that would be long work."""
+        if not self._rows_per_s:
+            return rows
+        return min(rows, max(CHUNK_ROWS_MIN, self._rows_per_s // CHUNKS_A_SECOND))
+
+    async def after(self, rows: int) -> None:
+        """Return when the next rows may be taken, after `rows`. Time that was not used is lost, but for a second of it."""
+        if self._rows_per_s:
+            now_s = time.monotonic()
+            self._free_s = max(self._free_s, now_s - 1.0) + rows / self._rows_per_s
+            await asyncio.sleep(max(0.0, self._free_s - now_s))
