@@ -34,7 +34,11 @@ class Changes:
         return await self._stream.slot(self.slot) is not None
 
     async def compare(self, comparer: Comparer) -> tuple[int, list[str]]:
-        """Compare all that has changed since the last time: how many keys, and what differs. Then it is forgotten."""
+        """Compare all that has changed since the last time: how many keys, and what differs. Then it is forgotten.
+
+        What changes meanwhile is for the next time: in a busy range something always does.
+        """
+        end = await self._stream.giver.position()
         count, found = 0, list[str]()
         while True:
             keys, upto = await self._peek()
@@ -45,6 +49,8 @@ class Changes:
             if found:
                 return count, found
             await self._stream.giver.read("select pg_replication_slot_advance($1, $2::text::pg_lsn)", self.slot, lsn_text(upto))
+            if upto >= end:
+                return count, found
 
     async def _peek(self) -> tuple[set[Key], int]:
         """The keys of some transactions, and the position behind them; 0 when there are none."""
