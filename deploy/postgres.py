@@ -16,19 +16,10 @@ from pathlib import Path
 
 from deploy import processes
 
-BUFFERS_MIN_MB, BUFFERS_MAX_MB = 128, 2048
-
-
-def buffers_mb() -> int:
-    """Postgres' own cache: an eighth of the memory, of which only what is touched counts. Keys are random, so each batch touches
-    other pages of every index."""
-    memory_mb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
-    return max(BUFFERS_MIN_MB, min(memory_mb // 8, BUFFERS_MAX_MB))
-
-
 PARAMETERS = {
     "max_connections": "100",
-    "shared_buffers": f"{buffers_mb()}MB",
+    # Not more: two gigabytes take 30 MB for their administration alone, on every machine that runs the local cluster.
+    "shared_buffers": "256MB",
     # After each checkpoint a page that is touched is written to the log as a whole.
     "max_wal_size": "8GB",
     "checkpoint_timeout": "15min",
