@@ -1,15 +1,17 @@
 """Columns in the binary format of Postgres' COPY: for many rows at once it takes a third of the time that asyncpg's encoders do,
 above all for arrays.
 
-A field is its length and its value as the type's binary output has it. Columns are parallel lists of fields.
+A field is its length and its value as the type's binary output has it. Columns are parallel lists of fields; neighbors may be
+one list, of what comes after one another in a row (`fixed`, `joined`).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import chain, repeat
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 Fields = list[bytes]
 
@@ -21,45 +23,56 @@ POSTGRES_EPOCH_US = 946_684_800_000_000
 """2000-01-01 UTC in microseconds since 1970."""
 
 _Element = TypeVar("_Element", str, int)
+Fixed = Literal["int4", "int8", "lsn", "boolean"]
+"""Types whose fields all have one size."""
+_FIXED: dict[Fixed, tuple[str, int]] = {"int4": ("ii", 4), "int8": ("iq", 8), "lsn": ("iQ", 8), "boolean": ("i?", 1)}
 _width = struct.Struct(">h").pack
 _length = struct.Struct(">i").pack
-_int4 = struct.Struct(">ii").pack
 _int8 = struct.Struct(">iq").pack
-_uint8 = struct.Struct(">iQ").pack
 _array = struct.Struct(">iiiiii").pack
-_TRUE, _FALSE = b"\0\0\0\1\1", b"\0\0\0\1\0"
 _EMPTY = {oid: struct.pack(">iiii", 12, 0, 0, oid) for oid in (TEXT_OID, INT8_OID)}
+_LENGTHS = tuple(map(_length, range(512)))
 
 
-def rows(columns: Sequence[Fields]) -> bytes:
-    """The rows of `columns`, without header and trailer."""
-    return b"".join(chain.from_iterable(zip(repeat(_width(len(columns)), len(columns[0])), *columns, strict=True)))
+def rows(width: int, columns: Sequence[Fields], first: bytes = b"") -> bytes:
+    """The rows of `columns`, without header and trailer. Each has `width` fields, of which `first` is the same in all."""
+    return b"".join(chain.from_iterable(zip(repeat(_width(width) + first, len(columns[0])), *columns, strict=True)))
+
+
+def joined(*columns: Fields) -> Fields:
+    """Columns that stand beside one another in more than one table, as one."""
+    return list(map(b"".join, zip(*columns, strict=True)))
+
+
+@cache
+def packer(*types: Fixed) -> Callable[..., bytes]:
+    """Makes the fields of neighbors of these types; it is given each value after its size. It raises struct.error for a value
+    that the type hasn't."""
+    return struct.Struct(">" + "".join(_FIXED[each][0] for each in types)).pack
+
+
+def fixed(*columns: tuple[Fixed, Sequence[int]]) -> Fields:
+    """Neighbors of one size each, in a third of the time that they take one by one. Raises struct.error as `packer` says."""
+    if len({len(values) for _, values in columns}) > 1:
+        raise ValueError("columns have the same number of rows")
+    packed = chain.from_iterable((repeat(_FIXED[each][1]), values) for each, values in columns)
+    return list(map(packer(*(each for each, _ in columns)), *packed))
 
 
 def texts(values: Iterable[str]) -> Fields:
     """Texts, most of them different."""
-    return [_length(len(each)) + each for each in map(str.encode, values)]
+    return [(_LENGTHS[len(each)] if len(each) < 512 else _length(len(each))) + each for each in map(str.encode, values)]
 
 
 def words(values: Iterable[str]) -> Fields:
-    """Texts of which there are few."""
+    """Texts that come more than once."""
     known: dict[str, bytes] = {}
-    return [known.get(value) or known.setdefault(value, _text(value)) for value in values]
+    return [known.get(value) or known.setdefault(value, text(value)) for value in values]
 
 
 def optional_texts(values: Iterable[str | None]) -> Fields:
     """Texts, or null."""
-    return [NULL if value is None else _text(value) for value in values]
-
-
-def int4s(values: Iterable[int]) -> Fields:
-    """`integer`. Raises struct.error for what is none."""
-    return [_int4(4, value) for value in values]
-
-
-def int8s(values: Iterable[int]) -> Fields:
-    """`bigint`. Raises struct.error for what is none."""
-    return [_int8(8, value) for value in values]
+    return [NULL if value is None else text(value) for value in values]
 
 
 def optional_int8s(values: Iterable[int | None]) -> Fields:
@@ -67,19 +80,9 @@ def optional_int8s(values: Iterable[int | None]) -> Fields:
     return [NULL if value is None else _int8(8, value) for value in values]
 
 
-def booleans(values: Iterable[bool]) -> Fields:
-    """`boolean`."""
-    return [_TRUE if value else _FALSE for value in values]
-
-
-def lsns(values: Iterable[int]) -> Fields:
-    """`pg_lsn`."""
-    return [_uint8(8, value) for value in values]
-
-
-def times(values_us: Iterable[int]) -> Fields:
-    """`timestamptz`, of microseconds since 1970."""
-    return [_int8(8, value - POSTGRES_EPOCH_US) for value in values_us]
+def times(values_us: Iterable[int]) -> list[int]:
+    """`timestamptz` of microseconds since 1970, as `fixed` takes it for `int8`."""
+    return [value - POSTGRES_EPOCH_US for value in values_us]
 
 
 def text_arrays(values: Sequence[Sequence[str]]) -> Fields:
@@ -88,13 +91,20 @@ def text_arrays(values: Sequence[Sequence[str]]) -> Fields:
     return _arrays(TEXT_OID, values, dict(zip(elements, texts(elements), strict=True)))
 
 
+def optional_text_arrays(values: Sequence[Sequence[str] | None]) -> Fields:
+    """`text[]`, or null."""
+    made = iter(text_arrays([value for value in values if value is not None]))
+    return [NULL if value is None else next(made) for value in values]
+
+
 def int8_arrays(values: Sequence[Sequence[int]]) -> Fields:
     """`bigint[]`, whose elements come often. Raises struct.error for what is none."""
     elements = set(chain.from_iterable(values))
-    return _arrays(INT8_OID, values, dict(zip(elements, int8s(elements), strict=True)))
+    return _arrays(INT8_OID, values, {value: _int8(8, value) for value in elements})
 
 
-def _text(value: str) -> bytes:
+def text(value: str) -> bytes:
+    """One text."""
     encoded = value.encode()
     return _length(len(encoded)) + encoded
 
@@ -102,8 +112,8 @@ def _text(value: str) -> bytes:
 def _arrays(oid: int, values: Sequence[Sequence[_Element]], known: dict[_Element, bytes]) -> Fields:
     """Arrays of one dimension without nulls, from 1 on; `known` has each element as a field."""
     get, empty = known.__getitem__, _EMPTY[oid]
-    joined = [b"".join(map(get, each)) for each in values]
+    elements = [b"".join(map(get, each)) for each in values]
     return [
         _array(20 + len(fields), 1, 0, oid, len(each), 1) + fields if each else empty
-        for each, fields in zip(values, joined, strict=True)
+        for each, fields in zip(values, elements, strict=True)
     ]

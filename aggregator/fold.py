@@ -13,8 +13,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 from oncepay.cart import PLATFORM_SELLER
+from oncepay.entry_rows import FEE, OF_PLATFORM, OF_SELLER, decoded
+from oncepay.errors import MalformedBody
 from oncepay.feed import EntryRow
-from oncepay.ledger import PLATFORM_FEES
+from oncepay.ledger import PLATFORM_FEES, STRIPE_CLEARING, STRIPE_FEES
 
 SELLER_ACCOUNTS = "seller:*:payable"
 """All sellers' accounts, where they are shown as one."""
@@ -108,17 +110,28 @@ def seller_of(account: str) -> str:
     return account[7:-8] if account.startswith("seller:") and account.endswith(":payable") else ""
 
 
-def fold(entries: Iterable[EntryRow], *, of_sellers: bool = True) -> Sums:
-    """The sums over `entries`; each must be given once. Without `of_sellers` what can be made of the postings later is left out:
-    the sellers' days, and their accounts."""
+def fold(rows: Iterable[EntryRow], *, of_sellers: bool = True) -> Sums:
+    """The sums over the entries in `rows`; each must be given once. Without `of_sellers` what can be made of the postings
+    later is left out: the sellers' days, and their accounts.
+
+    Raises MalformedBody for an account's code that isn't known.
+    """
     sums = Sums()
     groups: dict[tuple[str, str, int], _Group] = {}
-    for entry in entries:
-        name = entry.kind, entry.currency, entry.created_at_us // _DAY_US
+    for row in rows:
+        name = row.kind, row.currency, row.created_at_us // _DAY_US
         group = groups.get(name)
         if group is None:
             group = groups[name] = _Group()
-        _add_entry(group, sums.postings, entry)
+        group.entries += 1
+        if row.sellers is None:
+            parts = _add_coded(group, row)
+        else:
+            parts = _add_lines(group, zip(row.accounts, row.amounts, row.sellers, strict=True))
+        if row.fee is not None:
+            group.add_fee(row.fee)
+        for seller, part in parts.items():
+            sums.postings.append(SellerPosting._make((seller, row, *part)))
     for (kind, currency, day), group in groups.items():
         _add_group(sums, group, kind, currency, _day(day))
     if of_sellers:
@@ -129,29 +142,84 @@ def fold(entries: Iterable[EntryRow], *, of_sellers: bool = True) -> Sums:
 
 class _Group:
     """The entries of a kind, a currency and a day, while they are gone through: how many there are, and what each account gets by
-    them, debit and credit; all sellers' accounts are one."""
+    them, debit and credit; all sellers' accounts are one. So for the fees in their rows."""
 
-    __slots__ = ("accounts", "entries")
+    __slots__ = ("accounts", "entries", "fee_entries", "fees")
 
     def __init__(self) -> None:
         self.entries = 0
         self.accounts: dict[str, list[int]] = {}
+        self.fee_entries = 0
+        self.fees = [0, 0]
+
+    def account(self, name: str) -> list[int]:
+        """What an account gets."""
+        total = self.accounts.get(name)
+        if total is None:
+            total = self.accounts[name] = [0, 0]
+        return total
+
+    def add_fee(self, amount: int) -> None:
+        """Stripe's fee in a row."""
+        self.fee_entries += 1
+        if amount > 0:
+            self.fees[0] += amount
+        else:
+            self.fees[1] -= amount
 
 
 _AMOUNT, _TOTAL, _FEE, _DEBIT, _CREDIT, _NAMED = range(6)
 """What an entry does to one seller, while its postings are gone through: a list as the end of SellerPosting, for it is made for
 every posting of a backlog."""
 
+_Parts = dict[str, list[Any]]
 
-def _add_entry(group: _Group, postings: list[SellerPosting], entry: EntryRow) -> None:
-    """Counts each posting on its account; appends what it does to the sellers that it names, or whose accounts it names."""
-    group.entries += 1
-    of_accounts, parts = group.accounts, dict[str, list[Any]]()
-    for account, amount, named in zip(entry.accounts, entry.amounts, entry.sellers, strict=True):
+
+def _add_coded(group: _Group, row: EntryRow) -> _Parts:
+    """Counts each posting of a row with codes on its account; what it does to the sellers that it names."""
+    parts: _Parts = {}
+    for code, amount in zip(row.accounts, row.amounts, strict=True):
+        letter = code[:1]
+        if letter == OF_SELLER:
+            total, seller = group.account(SELLER_ACCOUNTS), code[1:]
+            part = parts.get(seller)
+            if part is None:
+                part = parts[seller] = [0, 0, 0, 0, 0, True]
+            elif part[_DEBIT] is None:
+                part[_DEBIT] = part[_CREDIT] = 0
+            part[_DEBIT if amount > 0 else _CREDIT] += abs(amount)
+            part[_AMOUNT] -= amount
+            part[_TOTAL] -= amount
+        elif letter == OF_PLATFORM:
+            total, seller = group.account(PLATFORM_FEES), code[1:]
+            if seller:
+                part = parts.get(seller)
+                if part is None:
+                    part = parts[seller] = [0, 0, 0, None, None, True]
+                part[_TOTAL] -= amount
+                part[_AMOUNT if seller == PLATFORM_SELLER else _FEE] -= amount
+        else:
+            total = group.account(_account(code))
+        if amount > 0:
+            total[0] += amount
+        else:
+            total[1] -= amount
+    return parts
+
+
+def _account(code: str) -> str:
+    try:
+        return decoded(code)[0]
+    except KeyError:
+        raise MalformedBody(f"an account has the code {code!r}, which this version doesn't know") from None
+
+
+def _add_lines(group: _Group, lines: Iterable[tuple[str, int, str]]) -> _Parts:
+    """So for accounts that aren't coded; the sellers, too, whose accounts an entry names."""
+    parts: _Parts = {}
+    for account, amount, named in lines:
         owner = seller_of(account)
-        total = of_accounts.get(SELLER_ACCOUNTS if owner else account)
-        if total is None:
-            total = of_accounts[SELLER_ACCOUNTS if owner else account] = [0, 0]
+        total = group.account(SELLER_ACCOUNTS if owner else account)
         if amount > 0:
             total[0] += amount
         else:
@@ -159,13 +227,10 @@ def _add_entry(group: _Group, postings: list[SellerPosting], entry: EntryRow) ->
         if owner:
             part = parts.get(owner)
             if part is None:
-                part = parts[owner] = [0, 0, 0, None, None, False]
-            if part[_DEBIT] is None:
+                part = parts[owner] = [0, 0, 0, 0, 0, False]
+            elif part[_DEBIT] is None:
                 part[_DEBIT] = part[_CREDIT] = 0
-            if amount > 0:
-                part[_DEBIT] += amount
-            else:
-                part[_CREDIT] -= amount
+            part[_DEBIT if amount > 0 else _CREDIT] += abs(amount)
             if not named or named == owner:
                 part[_AMOUNT] -= amount
         if named:
@@ -176,18 +241,24 @@ def _add_entry(group: _Group, postings: list[SellerPosting], entry: EntryRow) ->
             part[_TOTAL] -= amount
             if account == PLATFORM_FEES:  # what the platform earns by its own lines is here, too
                 part[_AMOUNT if named == PLATFORM_SELLER else _FEE] -= amount
-    for seller, part in parts.items():
-        postings.append(SellerPosting._make((seller, entry, *part)))
+    return parts
 
 
-def _add_group(sums: Sums, group: _Group, kind_name: str, currency: str, day: dt.date) -> None:
-    kind = sums.kinds.setdefault((kind_name, currency), KindTotal())
-    kind.entries += group.entries
-    for account, (debit, credit) in group.accounts.items():
+def _add_group(sums: Sums, group: _Group, kind: str, currency: str, day: dt.date) -> None:
+    _add_kind(sums, kind, group.entries, currency, day, group.accounts)
+    if group.fee_entries:
+        debit, credit = group.fees
+        _add_kind(sums, FEE, group.fee_entries, currency, day, {STRIPE_FEES: [debit, credit], STRIPE_CLEARING: [credit, debit]})
+
+
+def _add_kind(sums: Sums, kind: str, entries: int, currency: str, day: dt.date, accounts: dict[str, list[int]]) -> None:
+    of_kind = sums.kinds.setdefault((kind, currency), KindTotal())
+    of_kind.entries += entries
+    for account, (debit, credit) in accounts.items():
         if account != SELLER_ACCOUNTS:
             _add(sums.accounts, (account, currency), debit, credit)
-        _add(sums.account_days, (account, currency, day, kind_name), debit, credit)
-        kind.amount += debit
+        _add(sums.account_days, (account, currency, day, kind), debit, credit)
+        of_kind.amount += debit
 
 
 _Name = TypeVar("_Name")

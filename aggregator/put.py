@@ -21,13 +21,14 @@ from aggregator.copying import Fields
 from aggregator.fold import SellerPosting, Sums, fold
 from aggregator.rows import (
     Life,
+    by_payment,
     content_columns,
     entry_columns,
     failure_of,
     items_and_fee,
-    latest_payments,
+    latest_of,
+    life_of,
     link_columns,
-    lives_of,
     number_array,
     payment_columns,
     payout_columns,
@@ -35,6 +36,7 @@ from aggregator.rows import (
     sorted_links,
     text_array,
 )
+from oncepay.entry_rows import FEE
 from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow, PayoutRow
 from oncepay.logs import get_logger
 
@@ -45,7 +47,8 @@ CHUNK_ROWS = 500
 
 _log = get_logger("apply")
 
-_Job = tuple["_Table", Callable[[], Sequence[Any]], Callable[[Sequence[Any], str], list[Fields]]]
+_Encode = Callable[[Sequence[Any]], list[Fields]]
+_Job = tuple["_Table", Callable[[], Sequence[Any]], _Encode]
 """A table, what makes rows for it when their turn comes, and how they become columns."""
 
 
@@ -56,27 +59,17 @@ class _Table(NamedTuple):
     columns: tuple[str, ...]
 
 
-_ENTRIES = _Table(
-    "entries",
-    (
-        *("key", "entry_id", "slot", "kind", "currency", "source", "accounts", "amounts", "sellers", "created_at", "lsn"),
-        "shard",
-    ),
-)
-_POSTINGS = _Table(
-    "seller_postings",
-    (
-        *("seller", "currency", "created_at", "key", "entry_id", "slot", "kind", "amount", "total", "fee"),
-        *("shard", "lsn", "debit", "credit", "named"),
-    ),
-)
-_LINKS = _Table("balance_links", ("balance_transaction", "key", "entry_id", "slot", "created_at", "lsn", "shard"))
-_VERSIONS = _Table("payment_versions", ("key", "slot", "first_version", "last_version", "versions", "shard"))
+_ENTRY = ("key", "entry_id", "kind", "currency", "slot", "created_at", "lsn")
+"""What an entry and its postings have in common, as `_Encoder` makes it once for both."""
+_ENTRIES = _Table("entry_rows", ("shard", *_ENTRY, "source", "accounts", "amounts", "sellers", "balance_transaction", "fee"))
+_POSTINGS = _Table("seller_postings", ("shard", *_ENTRY, "seller", "amount", "total", "fee", "named", "debit", "credit"))
+_LINKS = _Table("link_rows", ("shard", "balance_transaction", "key", "entry_id", "slot", "created_at", "lsn"))
+_VERSIONS = _Table("payment_versions", ("shard", "key", "slot", "first_version", "last_version", "versions"))
 _PAYMENTS = _Table(
     "payments",
     (
-        *("key", "slot", "status", "version", "buyer", "currency", "amount", "amount_captured", "amount_refunded"),
-        *("payment_intent", "items", "platform_fee", "failure", "created_at", "updated_at", "lsn", "shard"),
+        *("shard", "key", "slot", "version", "amount", "amount_captured", "amount_refunded", "created_at", "updated_at", "lsn"),
+        *("status", "buyer", "currency", "payment_intent", "items", "platform_fee", "failure"),
     ),
 )
 
@@ -84,35 +77,42 @@ _PAYMENTS = _Table(
 async def put_rows(connection: asyncpg.Connection, batch: FeedBatch, *, sum_sellers: bool = True) -> Opened:
     """Put a batch of the feed into the tables and the sums. Without `sum_sellers` the sellers' sums are left as they are: the
     batch's postings are open then, and what is returned says how many there are."""
-    shard = batch.shard
-    payments, lives = latest_payments(batch.payments), lives_of(batch.payments)
+    shard, encoder = batch.shard, _Encoder(batch.shard)
+    grouped = by_payment(batch.payments)
+    payments, lives = [latest_of(rows) for rows in grouped], [life_of(rows) for rows in grouped]
     entries, links = sorted_entries(batch.entries), sorted_links(batch.links)
     begun = {life.key for life in lives if life.first_version == 1}
     new = [row for row in payments if row.key in begun]
     folded = cache(lambda: fold(entries, of_sellers=sum_sellers))
     try:
         async with connection.transaction():
+            if await _stand_already(connection, entries, links):
+                raise _Repeated
             jobs: list[_Job] = [
-                (_VERSIONS, lambda: lives, _life_fields),
-                (_ENTRIES, lambda: entries, _entry_fields),
-                (_POSTINGS, lambda: _sorted_postings(folded()), _posting_fields),
-                (_LINKS, lambda: links, _link_fields),
-                (_PAYMENTS, lambda: new, _payment_fields),
+                (_VERSIONS, lambda: lives, encoder.lives),
+                (_ENTRIES, lambda: entries, encoder.entries),
+                (_POSTINGS, lambda: _sorted_postings(folded()), encoder.postings),
+                (_LINKS, lambda: links, encoder.links),
+                (_PAYMENTS, lambda: new, encoder.payments),
             ]
-            await _copy_behind(connection, shard, jobs)
+            await _copy_behind(connection, jobs)
             sums = folded()
             await add_sums(connection, shard, sums)
-    except asyncpg.UniqueViolationError:
+    except (asyncpg.UniqueViolationError, _Repeated):
         metrics.REPEATED.labels(shard).inc()
-        await _copy_all(connection, shard, _VERSIONS, lives, _life_fields)
+        await _copy_all(connection, _VERSIONS, lives, encoder.lives)
         sums = fold(await _insert_entries(connection, shard, entries), of_sellers=sum_sellers)
-        await _copy_all(connection, shard, _POSTINGS, _sorted_postings(sums), _posting_fields)
+        await _copy_all(connection, _POSTINGS, _sorted_postings(sums), encoder.postings)
         await _insert_links(connection, shard, links)
         await add_sums(connection, shard, sums)
         begun.clear()
     await _upsert_payments(connection, shard, [row for row in payments if row.key not in begun])
     await _upsert_payouts(connection, shard, batch.payouts)
     return Opened.of(sums.postings)
+
+
+class _Repeated(Exception):
+    """Something of a batch is here already, where no key says so."""
 
 
 class Opened(NamedTuple):
@@ -139,36 +139,36 @@ async def put_anew(connection: asyncpg.Connection, batch: FeedBatch, *, known_ve
 
     Raises UniqueViolationError when the body of a rebuild brings a row twice.
     """
-    shard, entries = batch.shard, sorted_entries(batch.entries)
-    payments, links = latest_payments(batch.payments), sorted_links(batch.links)
-    lives = lives_of(batch.payments, at_commit=False)
+    encoder, entries, links = _Encoder(batch.shard), sorted_entries(batch.entries), sorted_links(batch.links)
+    grouped = by_payment(batch.payments)
+    payments, lives = [latest_of(rows) for rows in grouped], [life_of(rows, at_commit=False) for rows in grouped]
     if known_versions:
         lives = await _unknown(connection, lives)
     folded = cache(lambda: fold(entries, of_sellers=False))
     jobs: list[_Job] = [
-        (_VERSIONS, lambda: lives, _life_fields),
-        (_ENTRIES, lambda: entries, _entry_fields),
-        (_POSTINGS, lambda: _sorted_postings(folded()), _posting_fields),
-        (_LINKS, lambda: links, _link_fields),
-        (_PAYMENTS, lambda: payments, _payment_fields),
+        (_VERSIONS, lambda: lives, encoder.lives),
+        (_ENTRIES, lambda: entries, encoder.entries),
+        (_POSTINGS, lambda: _sorted_postings(folded()), encoder.postings),
+        (_LINKS, lambda: links, encoder.links),
+        (_PAYMENTS, lambda: payments, encoder.payments),
     ]
-    await _copy_behind(connection, shard, jobs)
-    await _upsert_payouts(connection, shard, batch.payouts)
+    await _copy_behind(connection, jobs)
+    await _upsert_payouts(connection, batch.shard, batch.payouts)
     return folded()
 
 
 # What is new
 
 
-async def _copy_behind(connection: asyncpg.Connection, shard: str, jobs: Sequence[_Job]) -> None:
+async def _copy_behind(connection: asyncpg.Connection, jobs: Sequence[_Job]) -> None:
     """Copy each job's rows. While Postgres works at those of one, the next ones are made and encoded.
 
     Two shards' batches may have entries, links and payments in common: these tables come in the order of `put_rows`.
     """
     running: asyncio.Future[None] | None = None
     try:
-        for table, rows, fields in jobs:
-            body = await _encoded(rows(), shard, fields)
+        for table, rows, encode in jobs:
+            body = await _encoded(table, rows(), encode)
             if running is not None:
                 await running
             sent = asyncio.Event()
@@ -179,17 +179,16 @@ async def _copy_behind(connection: asyncpg.Connection, shard: str, jobs: Sequenc
             await running
 
 
-async def _copy_all(
-    connection: asyncpg.Connection, shard: str, table: _Table, rows: Sequence[Any], fields: Callable[..., list[Fields]]
-) -> None:
-    await _copy(connection, table, await _encoded(rows, shard, fields), asyncio.Event())
+async def _copy_all(connection: asyncpg.Connection, table: _Table, rows: Sequence[Any], encode: _Encode) -> None:
+    await _copy(connection, table, await _encoded(table, rows, encode), asyncio.Event())
 
 
-async def _encoded(rows: Sequence[Any], shard: str, fields: Callable[..., list[Fields]]) -> list[bytes]:
+async def _encoded(table: _Table, rows: Sequence[Any], encode: _Encode) -> list[bytes]:
     """The rows as COPY takes them. Between two parts others have their turn."""
     parts = []
     for first in range(0, len(rows), CHUNK_ROWS):
-        parts.append(copying.rows(fields(rows[first : first + CHUNK_ROWS], shard)))
+        shard, *columns = encode(rows[first : first + CHUNK_ROWS])
+        parts.append(copying.rows(len(table.columns), columns, shard[0]))
         await asyncio.sleep(0)
     return parts
 
@@ -215,91 +214,125 @@ def _sorted_postings(sums: Sums) -> list[SellerPosting]:
     return sorted(sums.postings, key=itemgetter(0))
 
 
-def _entry_fields(rows: Sequence[EntryRow], shard: str) -> list[Fields]:
-    return [
-        copying.texts([row.key for row in rows]),
-        copying.texts([row.entry_id for row in rows]),
-        copying.int4s([row.slot for row in rows]),
-        copying.words([row.kind for row in rows]),
-        copying.words([row.currency for row in rows]),
-        copying.texts([row.source for row in rows]),
-        copying.text_arrays([row.accounts for row in rows]),
-        copying.int8_arrays([row.amounts for row in rows]),
-        copying.text_arrays([row.sellers for row in rows]),
-        copying.times([row.created_at_us for row in rows]),
-        copying.lsns([row.lsn for row in rows]),
-        copying.words([shard] * len(rows)),
-    ]
+class _Encoder:
+    """Makes the columns of one batch's rows, each table's as `_Table.columns` has them; the first is the shard, once. What comes
+    in several rows is made once."""
+
+    def __init__(self, shard: str) -> None:
+        self._shard = [copying.text(shard)]
+        self._common: dict[int, bytes] = {}
+
+    def entries(self, rows: Sequence[EntryRow]) -> list[Fields]:
+        """For _ENTRIES."""
+        return [
+            self._shard,
+            self._in_common(rows),
+            copying.optional_texts([row.source for row in rows]),
+            copying.text_arrays([row.accounts for row in rows]),
+            copying.int8_arrays([row.amounts for row in rows]),
+            copying.optional_text_arrays([row.sellers for row in rows]),
+            copying.optional_texts([row.balance_transaction for row in rows]),
+            copying.optional_int8s([row.fee for row in rows]),
+        ]
+
+    def postings(self, rows: Sequence[SellerPosting]) -> list[Fields]:
+        """For _POSTINGS."""
+        whole, part, nulls = _POSTING_ON_ACCOUNT, _POSTING, copying.NULL * 2
+        numbers = [
+            part(8, amount, 8, total, 8, fee, 1, named) + nulls
+            if debit is None
+            else whole(8, amount, 8, total, 8, fee, 1, named, 8, debit, 8, credit)
+            for _, _, amount, total, fee, debit, credit, named in rows
+        ]
+        return [self._shard, self._in_common([row[1] for row in rows]), copying.words([row[0] for row in rows]), numbers]
+
+    def links(self, rows: Sequence[LinkRow]) -> list[Fields]:
+        """For _LINKS."""
+        return [
+            self._shard,
+            copying.words([row.balance_transaction for row in rows]),
+            copying.words([row.key for row in rows]),
+            copying.texts([row.entry_id for row in rows]),
+            _place_and_time(rows),
+        ]
+
+    def lives(self, rows: Sequence[Life]) -> list[Fields]:
+        """For _VERSIONS."""
+        return [
+            self._shard,
+            copying.texts([row.key for row in rows]),
+            copying.fixed(
+                ("int4", [row.slot for row in rows]),
+                ("int8", [row.first_version for row in rows]),
+                ("int8", [row.last_version for row in rows]),
+            ),
+            copying.texts([row.versions for row in rows]),
+        ]
+
+    def payments(self, rows: Sequence[PaymentRow]) -> list[Fields]:
+        """For _PAYMENTS."""
+        terms = [items_and_fee(row.terms) for row in rows]
+        return [
+            self._shard,
+            copying.texts([row.key for row in rows]),
+            copying.fixed(
+                ("int4", [row.slot for row in rows]),
+                ("int8", [row.version for row in rows]),
+                ("int8", [row.amount for row in rows]),
+                ("int8", [row.amount_captured for row in rows]),
+                ("int8", [row.amount_refunded for row in rows]),
+                ("int8", copying.times([row.created_at_us for row in rows])),
+                ("int8", copying.times([row.updated_at_us for row in rows])),
+                ("lsn", [row.lsn for row in rows]),
+            ),
+            copying.words([row.status for row in rows]),
+            copying.texts([row.buyer for row in rows]),
+            copying.words([row.currency for row in rows]),
+            copying.optional_texts([row.intent for row in rows]),
+            copying.optional_texts([items for items, _ in terms]),
+            copying.optional_int8s([fee for _, fee in terms]),
+            copying.optional_texts([failure_of(row.progress) for row in rows]),
+        ]
+
+    def _in_common(self, entries: Sequence[EntryRow]) -> Fields:
+        """_ENTRY of each. An entry's postings come after it, as a rule; then it has been made."""
+        known = self._common
+        new = [entry for entry in entries if id(entry) not in known]
+        if new:
+            made = copying.joined(
+                copying.words([entry.key for entry in new]),
+                copying.texts([entry.entry_id for entry in new]),
+                copying.words([entry.kind for entry in new]),
+                copying.words([entry.currency for entry in new]),
+                _place_and_time(new),
+            )
+            known.update(zip(map(id, new), made, strict=True))
+        return [known[id(entry)] for entry in entries]
 
 
-def _posting_fields(rows: Sequence[SellerPosting], shard: str) -> list[Fields]:
-    entries = [row.entry for row in rows]
-    return [
-        copying.texts([row.seller for row in rows]),
-        copying.words([entry.currency for entry in entries]),
-        copying.times([entry.created_at_us for entry in entries]),
-        copying.texts([entry.key for entry in entries]),
-        copying.texts([entry.entry_id for entry in entries]),
-        copying.int4s([entry.slot for entry in entries]),
-        copying.words([entry.kind for entry in entries]),
-        copying.int8s([row.amount for row in rows]),
-        copying.int8s([row.total for row in rows]),
-        copying.int8s([row.fee for row in rows]),
-        copying.words([shard] * len(rows)),
-        copying.lsns([entry.lsn for entry in entries]),
-        copying.optional_int8s([row.debit for row in rows]),
-        copying.optional_int8s([row.credit for row in rows]),
-        copying.booleans([row.named for row in rows]),
-    ]
+_POSTING = copying.packer("int8", "int8", "int8", "boolean")
+_POSTING_ON_ACCOUNT = copying.packer("int8", "int8", "int8", "boolean", "int8", "int8")
 
 
-def _link_fields(rows: Sequence[LinkRow], shard: str) -> list[Fields]:
-    return [
-        copying.texts([row.balance_transaction for row in rows]),
-        copying.texts([row.key for row in rows]),
-        copying.texts([row.entry_id for row in rows]),
-        copying.int4s([row.slot for row in rows]),
-        copying.times([row.created_at_us for row in rows]),
-        copying.lsns([row.lsn for row in rows]),
-        copying.words([shard] * len(rows)),
-    ]
-
-
-def _life_fields(rows: Sequence[Life], shard: str) -> list[Fields]:
-    return [
-        copying.texts([row.key for row in rows]),
-        copying.int4s([row.slot for row in rows]),
-        copying.int8s([row.first_version for row in rows]),
-        copying.int8s([row.last_version for row in rows]),
-        copying.texts([row.versions for row in rows]),
-        copying.words([shard] * len(rows)),
-    ]
-
-
-def _payment_fields(rows: Sequence[PaymentRow], shard: str) -> list[Fields]:
-    terms = [items_and_fee(row.terms) for row in rows]
-    return [
-        copying.texts([row.key for row in rows]),
-        copying.int4s([row.slot for row in rows]),
-        copying.words([row.status for row in rows]),
-        copying.int8s([row.version for row in rows]),
-        copying.texts([row.buyer for row in rows]),
-        copying.words([row.currency for row in rows]),
-        copying.int8s([row.amount for row in rows]),
-        copying.int8s([row.amount_captured for row in rows]),
-        copying.int8s([row.amount_refunded for row in rows]),
-        copying.optional_texts([row.intent for row in rows]),
-        copying.optional_texts([items for items, _ in terms]),
-        copying.optional_int8s([fee for _, fee in terms]),
-        copying.optional_texts([failure_of(row.progress) for row in rows]),
-        copying.times([row.created_at_us for row in rows]),
-        copying.times([row.updated_at_us for row in rows]),
-        copying.lsns([row.lsn for row in rows]),
-        copying.words([shard] * len(rows)),
-    ]
+def _place_and_time(rows: Sequence[EntryRow] | Sequence[LinkRow]) -> Fields:
+    """`slot`, `created_at` and `lsn`."""
+    return copying.fixed(
+        ("int4", [row.slot for row in rows]),
+        ("int8", copying.times([row.created_at_us for row in rows])),
+        ("lsn", [row.lsn for row in rows]),
+    )
 
 
 # What may be here already
+
+
+async def _stand_already(connection: asyncpg.Connection, entries: Sequence[EntryRow], links: Sequence[LinkRow]) -> bool:
+    """Whether a fee or a link that comes by itself is told by its payment's row already. Earlier workers sent all of them so."""
+    fees = [row for row in entries if row.kind == FEE]
+    if not fees and not links:
+        return False
+    columns = text_array(row.key for row in fees), text_array(row.entry_id for row in fees)
+    return bool(await connection.fetchval(SQL["stand_already"], *columns, *link_columns(links)[:3]))
 
 
 async def _insert_entries(connection: asyncpg.Connection, shard: str, rows: Sequence[EntryRow]) -> list[EntryRow]:
@@ -310,7 +343,7 @@ async def _insert_entries(connection: asyncpg.Connection, shard: str, rows: Sequ
     inserted = {tuple(made) for made in await connection.fetch(SQL["insert_entries"], shard, *columns)}
     new = {(row.key, row.entry_id): row for row in rows if (row.key, row.entry_id) in inserted}
     if len(new) < len(rows):
-        for key, entry_id in await connection.fetch(SQL["differing_entries"], *content_columns(columns)):
+        for key, entry_id in await connection.fetch(SQL["differing_entries"], *content_columns(rows)):
             metrics.CONTRADICTIONS.labels(shard).inc()
             _log.error("an entry came again with another content", shard=shard, key=key, entry_id=entry_id)
     return list(new.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from oncepay.entry_rows import entries_of
 from oncepay.errors import MalformedBody
 from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow, lsn_text
 from oncepay.payment_text import failure_in, items_and_fee_in
@@ -68,20 +70,28 @@ def failure_of(progress: str | None) -> str | None:
     return None if failure is None else msgspec.json.encode(failure).decode()
 
 
-def latest_payments(rows: Iterable[PaymentRow]) -> list[PaymentRow]:
-    """Each payment once, by key: its highest version, with what only an earlier row of the batch says filled in."""
-    latest: dict[str, PaymentRow] = {}
+def by_payment(rows: Iterable[PaymentRow]) -> list[list[PaymentRow]]:
+    """Each payment's rows, by version; payments by key."""
+    grouped: dict[str, list[PaymentRow]] = {}
     for row in rows:
-        known = latest.get(row.key)
+        known = grouped.get(row.key)
         if known is None:
-            latest[row.key] = row
-            continue
-        old, new = (known, row) if row.version > known.version else (row, known)
-        if new.terms is None or new.progress is None:
-            terms, progress = new.terms or old.terms, new.progress or old.progress
-            new = msgspec.structs.replace(new, terms=terms, progress=progress)
-        latest[row.key] = new
-    return sorted(latest.values(), key=attrgetter("key"))
+            grouped[row.key] = [row]
+        elif row.version >= known[-1].version:
+            known.append(row)
+        else:
+            bisect.insort(known, row, key=attrgetter("version"))
+    return [grouped[key] for key in sorted(grouped)]
+
+
+def latest_of(rows: Sequence[PaymentRow]) -> PaymentRow:
+    """The last of a payment's rows, with what only an earlier one says filled in."""
+    latest = rows[-1]
+    if (latest.terms is None or latest.progress is None) and len(rows) > 1:
+        before = latest_of(rows[:-1])
+        terms, progress = latest.terms or before.terms, latest.progress or before.progress
+        return msgspec.structs.replace(latest, terms=terms, progress=progress)
+    return latest
 
 
 def payment_columns(rows: Sequence[PaymentRow]) -> tuple[str, ...]:
@@ -120,24 +130,11 @@ class Life(NamedTuple):
 _json = msgspec.json.Encoder()
 
 
-def lives_of(rows: Iterable[PaymentRow], *, at_commit: bool = True) -> list[Life]:
-    """By key. Without `at_commit` the rows are a table's, and at which position each was committed isn't known."""
-    slots: dict[str, int] = {}
-    versions: dict[str, list[tuple[int, str, str, str, int, int | None]]] = {}
-    for row in rows:
-        version = row.version, row.status, row.event, row.actor, row.committed_at_ms, row.lsn if at_commit else None
-        known = versions.get(row.key)
-        if known is None:
-            slots[row.key], versions[row.key] = row.slot, [version]
-        else:
-            known.append(version)
-    lives = []
-    for key in sorted(versions):
-        of_key = versions[key]
-        if len(of_key) > 1:
-            of_key.sort()
-        lives.append(Life(key, slots[key], of_key[0][0], of_key[-1][0], _json.encode(of_key).decode()))
-    return lives
+def life_of(rows: Sequence[PaymentRow], *, at_commit: bool = True) -> Life:
+    """Of a payment's rows, by version. Without `at_commit` they are a table's, whose commits' positions aren't known."""
+    first, last = rows[0], rows[-1]
+    versions = [(r.version, r.status, r.event, r.actor, r.committed_at_ms, r.lsn if at_commit else None) for r in rows]
+    return Life(first.key, first.slot, first.version, last.version, _json.encode(versions).decode())
 
 
 def sorted_entries(rows: Iterable[EntryRow]) -> list[EntryRow]:
@@ -149,17 +146,31 @@ def entry_columns(rows: Sequence[EntryRow]) -> Columns:
     """For `insert_entries`."""
     made = [
         (
-            *(r.key, r.entry_id, r.slot, r.kind, r.currency, r.source),
-            *(text_array(r.accounts), number_array(r.amounts), text_array(r.sellers), time_of(r.created_at_us), r.lsn),
+            *(r.key, r.entry_id, r.slot, r.kind, r.currency, r.source, text_array(r.accounts), number_array(r.amounts)),
+            *(
+                None if r.sellers is None else text_array(r.sellers),
+                time_of(r.created_at_us),
+                r.lsn,
+                r.balance_transaction,
+                r.fee,
+            ),
         )
         for r in rows
     ]
-    return _transposed(made, 11)
+    return _transposed(made, 13)
 
 
-def content_columns(columns: Columns) -> Columns:
-    """For `differing_entries`: the columns of an entry's content, out of those for `insert_entries`."""
-    return (*columns[0:2], *columns[3:9])
+def content_columns(rows: Sequence[EntryRow]) -> Columns:
+    """For `differing_entries`: the entries in the rows, as they were booked."""
+    made = [
+        (
+            *(row.key, read.entry_id, read.kind, read.currency, read.source),
+            *(text_array(read.accounts), number_array(read.amounts), text_array(read.sellers)),
+        )
+        for row in rows
+        for read in entries_of(row.stored)
+    ]
+    return _transposed(made, 8)
 
 
 def sorted_links(rows: Iterable[LinkRow]) -> list[LinkRow]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
+from oncepay.entry_rows import EntryRow as StoredEntry
+
 FEED_ROWS_MAX = 10_000
 """Rows in one batch, all kinds together: the worker closes a batch at the first commit past it. No transaction is split."""
 
@@ -47,7 +49,11 @@ class PaymentRow(msgspec.Struct, array_like=True, frozen=True):
 
 
 class EntryRow(msgspec.Struct, array_like=True, frozen=True):
-    """A ledger entry: parallel tuples of account, amount (minor units, debits positive) and on whose behalf."""
+    """A row of the shard's ledger: an entry, and with `fee` Stripe's fee as an entry of its own (oncepay/entry_rows.py reads it).
+
+    Parallel tuples of account, amount (minor units, debits positive) and on whose behalf; where `sellers` is None `accounts` are
+    codes. `source` is None where `entry_id` is `kind:source`. `balance_transaction` is what the row's entries are linked to.
+    """
 
     lsn: int
     committed_at_ms: int
@@ -56,15 +62,26 @@ class EntryRow(msgspec.Struct, array_like=True, frozen=True):
     entry_id: str
     kind: str
     currency: str
-    source: str
+    source: str | None
     accounts: tuple[str, ...]
     amounts: tuple[int, ...]
-    sellers: tuple[str, ...]
+    sellers: tuple[str, ...] | None
     created_at_us: int
+    balance_transaction: str | None = None
+    fee: int | None = None
+
+    @property
+    def stored(self) -> StoredEntry:
+        """As `entries_of` and `links_of` read it."""
+        return StoredEntry(
+            *(self.entry_id, self.kind, self.currency, self.source, self.accounts, self.amounts, self.sellers),
+            *(self.balance_transaction, self.fee),
+        )
 
 
 class LinkRow(msgspec.Struct, array_like=True, frozen=True):
-    """A balance transaction at Stripe and an entry whose posting on the clearing account is (a part of) its net."""
+    """A balance transaction at Stripe and an entry whose posting on the clearing account is (a part of) its net, where the
+    entry's own row doesn't say it."""
 
     lsn: int
     committed_at_ms: int

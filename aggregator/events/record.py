@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aggregator.rows import failure_of, time_of
+from oncepay.entry_rows import entries_of
 from oncepay.feed import EntryRow, FeedBatch, PaymentRow, PayoutRow
 
 TERMINAL = frozenset({"succeeded", "failed", "canceled"})
@@ -87,12 +88,13 @@ def _of_entries(rows: tuple[EntryRow, ...]) -> Iterator[Event]:
         type_ = OF_ENTRY.get(row.kind)
         if type_ is None:
             continue
+        entry = entries_of(row.stored)[0]
         sellers: dict[str, int] = {}
-        for amount, seller in zip(row.amounts, row.sellers, strict=True):
+        for amount, seller in zip(entry.amounts, entry.sellers, strict=True):
             if seller:
                 sellers[seller] = sellers.get(seller, 0) - amount
         data = {
-            "key": row.key, "entry": row.entry_id, "source": row.source, "currency": row.currency,
+            "key": row.key, "entry": row.entry_id, "source": entry.source, "currency": row.currency,
             "amount": sum(amount for amount in row.amounts if amount > 0), "sellers": sellers,
             "created_at": _shown(row.created_at_us),
         }  # fmt: skip

@@ -11,14 +11,30 @@ from oncepay.watermarks where shard = $1 for update
 -- A shard never seen begins where its first batch does.
 insert into oncepay.watermarks (shard, incarnation, epoch, lsn) values ($1, $2, $3, $4) on conflict (shard) do nothing
 
+-- name: stand_already
+-- Whether one of the fees ($1 keys, $2 ids) or links ($3 transactions, $4 keys, $5 ids) is told by the row of its payment.
+select exists (
+    select from unnest($1::text::text[], $2::text::text[]) u (key, entry_id)
+    cross join lateral (select from oncepay.entry_rows e
+                        where e.key = u.key and e.fee is not null and u.entry_id = 'stripe_fee:' || e.balance_transaction) e)
+    or exists (
+    select from unnest($3::text::text[], $4::text::text[], $5::text::text[]) u (balance_transaction, key, entry_id)
+    cross join lateral (select from oncepay.entry_rows e
+                        where e.balance_transaction = u.balance_transaction and e.key = u.key
+                          and (e.entry_id = u.entry_id or e.fee is not null and u.entry_id = 'stripe_fee:' || e.balance_transaction)) e)
+
 -- name: insert_entries
 -- Only an entry that wasn't here comes back, and only that one is added to the sums and to the sellers' postings.
-insert into oncepay.entries (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, shard, lsn)
+insert into oncepay.entry_rows (
+    key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, shard, lsn, balance_transaction, fee)
 select u.key, u.entry_id, u.slot, u.kind, u.currency, u.source, u.accounts::text[], u.amounts::bigint[], u.sellers::text[],
-       u.created_at, $1, u.lsn
+       u.created_at, $1, u.lsn, u.balance_transaction, u.fee
 from unnest($2::text[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
-            $11::timestamptz[], $12::pg_lsn[])
-     u (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, lsn)
+            $11::timestamptz[], $12::pg_lsn[], $13::text[], $14::bigint[])
+     u (key, entry_id, slot, kind, currency, source, accounts, amounts, sellers, created_at, lsn, balance_transaction, fee)
+where u.kind <> 'stripe_fee' or not exists (
+    select from oncepay.entry_rows e
+    where e.key = u.key and e.fee is not null and u.entry_id = 'stripe_fee:' || e.balance_transaction)
 on conflict (key, entry_id) do nothing
 returning key, entry_id
 
@@ -27,15 +43,19 @@ returning key, entry_id
 select e.key, e.entry_id
 from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
      u (key, entry_id, kind, currency, source, accounts, amounts, sellers)
-join oncepay.entries e on e.key = u.key and e.entry_id = u.entry_id
+cross join lateral (select * from oncepay.entries e where e.key = u.key and e.entry_id = u.entry_id offset 0) e
 where (e.kind, e.currency, e.source, e.accounts, e.amounts, e.sellers)
     is distinct from (u.kind, u.currency, u.source, u.accounts::text[], u.amounts::bigint[], u.sellers::text[])
 
 -- name: insert_links
-insert into oncepay.balance_links (balance_transaction, key, entry_id, slot, created_at, shard, lsn)
+insert into oncepay.link_rows (balance_transaction, key, entry_id, slot, created_at, shard, lsn)
 select u.balance_transaction, u.key, u.entry_id, u.slot, timestamptz 'epoch' + u.created_us * interval '1 microsecond', $1, u.lsn
 from unnest($2::text::text[], $3::text::text[], $4::text::text[], $5::text::integer[], $6::text::bigint[], $7::text::pg_lsn[])
      u (balance_transaction, key, entry_id, slot, created_us, lsn)
+where not exists (
+    select from oncepay.entry_rows e
+    where e.balance_transaction = u.balance_transaction and e.key = u.key
+      and (e.entry_id = u.entry_id or e.fee is not null and u.entry_id = 'stripe_fee:' || e.balance_transaction))
 on conflict (balance_transaction, key, entry_id) do nothing
 
 -- name: upsert_payments

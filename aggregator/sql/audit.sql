@@ -1,6 +1,6 @@
 -- The background audit: samples of what is derived, against the shards and against itself.
 
--- On a shard the planner would make one join of all of the ledger's rows and a sample: `offset 0` and `limit 1` keep it from that.
+-- The planner would make one join of all of the ledger's rows and a sample: `offset 0` and `limit 1` keep it from that.
 
 -- name: shard_sample
 -- Run on a shard: the entries of $2 keys from slot $1 on, of the slots that it owns, and how far its log was.
@@ -25,11 +25,11 @@ cross join lateral (
 -- name: ours
 select e.key, e.entry_id, e.kind, e.currency, e.source, e.accounts, e.amounts, e.sellers
 from unnest($1::text[], $2::text[]) u (key, entry_id)
-join oncepay.entries e on e.key = u.key and e.entry_id = u.entry_id
+cross join lateral (select * from oncepay.entries e where e.key = u.key and e.entry_id = u.entry_id offset 0) e
 
 -- name: our_sample
 -- Entries whose keys come after $1, and which shard brought them.
-select key, entry_id, slot from oncepay.entries where key > $1 order by key, entry_id limit $2
+select key, entry_id, slot from oncepay.entry_rows where key > $1 order by key, entry_id limit $2
 
 -- name: postings_differ
 -- Of these entries, those whose sellers' postings are not what they say.
@@ -37,7 +37,7 @@ select distinct coalesce(a.key, b.key) as key
 from (
     select e.key, e.entry_id, e.created_at, s.seller, e.currency, s.amount, s.total, s.fee
     from unnest($1::text[], $2::text[]) u (key, entry_id)
-    join oncepay.entries e on e.key = u.key and e.entry_id = u.entry_id
+    cross join lateral (select * from oncepay.entries e where e.key = u.key and e.entry_id = u.entry_id offset 0) e
     cross join lateral oncepay.by_seller(e.accounts, e.amounts, e.sellers) s) a
 left join oncepay.seller_postings b
     on b.seller = a.seller and b.currency = a.currency and b.created_at = a.created_at and b.key = a.key and b.entry_id = a.entry_id
@@ -87,7 +87,7 @@ select w.shard, w.incarnation, w.epoch, w.lsn, w.applied_at from oncepay.waterma
 
 -- name: sizes
 -- About how many rows the tables have, as the last analyze knew.
-select c.relname as name, greatest(c.reltuples, 0)::bigint as rows
+select case c.relname when 'entry_rows' then 'entries' when 'link_rows' then 'balance_links' else c.relname end as name, greatest(c.reltuples, 0)::bigint as rows
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
-where n.nspname = 'oncepay' and c.relkind = 'r' and c.relname in ('entries', 'payments', 'balance_links', 'seller_postings')
-order by c.relname
+where n.nspname = 'oncepay' and c.relkind = 'r' and c.relname in ('entry_rows', 'payments', 'link_rows', 'seller_postings')
+order by 1

@@ -86,7 +86,7 @@ from (
     select case when p.account like 'seller:%:payable' then 'seller:*:payable' else p.account end, e.currency,
            -greatest(p.amount, 0), -greatest(-p.amount, 0)
     from unnest($1::text[], $2::pg_lsn[]) a (shard, lsn)
-    join oncepay.entries e on e.shard = a.shard and e.lsn > a.lsn
+    cross join lateral (select * from oncepay.entries e where e.shard = a.shard and e.lsn > a.lsn offset 0) e
     cross join lateral unnest(e.accounts, e.amounts) p (account, amount)
     where $3::text is null or e.currency = $3) t
 group by account, currency

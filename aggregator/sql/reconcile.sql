@@ -1,4 +1,5 @@
--- Stripe's balance transactions against the entries that are linked to them, one span of time after the other.
+-- Stripe's balance transactions against the entries that are linked to them, one span of time after the other. Most links are in their
+-- entries' rows, with Stripe's fee: what has millions of rows asks the tables, what has few the views `entries` and `balance_links`.
 
 -- name: begin
 insert into oncepay.reconciliations (id, first, last, asked_by, state) values ($1, $2, $3, $4, 'running')
@@ -34,13 +35,15 @@ select t.id, t.currency, t.amount, t.fee, t.category
 from oncepay.stripe_transactions t
 where t.created_at >= $1 and t.created_at < $2 and not t.category = any ($3::text[])
   and (t.amount <> 0 or t.fee <> 0)
-  and not exists (select from oncepay.balance_links l where l.balance_transaction = t.id)
+  and not exists (select from oncepay.entry_rows e where e.balance_transaction = t.id)
+  and not exists (select from oncepay.link_rows l where l.balance_transaction = t.id)
 order by t.id
 limit $4
 
 -- name: count_linked
 select count(*) from unnest($1::text[]) u (id)
-where exists (select from oncepay.balance_links l where l.balance_transaction = u.id)
+where exists (select from oncepay.entry_rows e where e.balance_transaction = u.id)
+   or exists (select from oncepay.link_rows l where l.balance_transaction = u.id)
 
 -- name: count_transactions
 select count(*) from oncepay.stripe_transactions where created_at >= $1 and created_at < $2
@@ -55,72 +58,107 @@ insert into oncepay.reconciliation_differences (run, kind, transaction, source, 
 select $1, 'unbooked', t.id, t.source, t.category, t.currency, t.net, 0
 from oncepay.stripe_transactions t
 where t.created_at >= $2 and t.created_at < least($3::timestamptz, $4::timestamptz) and (t.net <> 0 or t.fee <> 0)
-  and not exists (select from oncepay.balance_links l where l.balance_transaction = t.id)
+  and not exists (select from oncepay.entry_rows e where e.balance_transaction = t.id)
+  and not exists (select from oncepay.link_rows l where l.balance_transaction = t.id)
 
 -- name: net_differs
--- In the transaction's own currency the postings come to its net, in every other one (an exchange) to nothing.
+-- In the transaction's own currency the postings come to its net, in every other one (an exchange) to nothing. A fee in a row is an
+-- entry of its own, linked to the same transaction.
 insert into oncepay.reconciliation_differences (run, kind, transaction, key, source, category, currency, expected, actual)
 select $1, 'net_differs', s.id, s.key, s.source, s.category, s.currency, s.expected, s.actual
 from (
-    select t.id, t.source, t.category, c.currency, case when c.currency = t.currency then t.net else 0 end as expected,
-           coalesce(p.amount, 0)::bigint as actual, p.key
+    select t.id, t.source, t.category, p.currency, case when p.currency = t.currency then t.net else 0 end as expected,
+           p.amount::bigint as actual, p.key
     from oncepay.stripe_transactions t
-    join lateral (
-        select e.currency, sum(x.amount) as amount, min(e.key) as key
-        from oncepay.balance_links l
-        join oncepay.entries e on e.key = l.key and e.entry_id = l.entry_id
-        cross join lateral unnest(e.accounts, e.amounts) x (account, amount)
-        where l.balance_transaction = t.id and x.account = 'stripe:clearing'
-        group by e.currency) p on true
-    cross join lateral (values (p.currency)) c (currency)
+    cross join lateral (
+        select a.currency, sum(a.amount) as amount, min(a.key) as key
+        from (
+            select e.currency, e.key, coalesce(x.amount, 0) - coalesce(e.fee, 0) as amount
+            from oncepay.entry_rows e
+            cross join lateral (
+                select sum(x.amount) as amount from unnest(e.accounts, e.amounts) x (account, amount)
+                where x.account in ('C', 'stripe:clearing')) x
+            where e.balance_transaction = t.id and (x.amount is not null or e.fee is not null)
+            union all
+            select e.currency, e.key, x.amount
+            from oncepay.link_rows l
+            cross join lateral (select * from oncepay.entries e where e.key = l.key and e.entry_id = l.entry_id offset 0) e
+            cross join lateral unnest(e.accounts, e.amounts) x (account, amount)
+            where l.balance_transaction = t.id and x.account = 'stripe:clearing') a
+        group by a.currency) p
     where t.created_at >= $2 and t.created_at < $3) s
 where s.actual <> s.expected
 
 -- name: net_missing
 -- Linked, and yet nothing was posted in the transaction's own currency.
 insert into oncepay.reconciliation_differences (run, kind, transaction, key, source, category, currency, expected, actual)
-select $1, 'net_differs', t.id, min(l.key), t.source, t.category, t.currency, t.net, 0
+select $1, 'net_differs', t.id, p.key, t.source, t.category, t.currency, t.net, 0
 from oncepay.stripe_transactions t
-join oncepay.balance_links l on l.balance_transaction = t.id
-join oncepay.entries e on e.key = l.key and e.entry_id = l.entry_id
-where t.created_at >= $2 and t.created_at < $3 and t.net <> 0
-group by t.id
-having not bool_or(e.currency = t.currency)
+cross join lateral (
+    select min(a.key) as key, bool_or(a.currency = t.currency) as posted
+    from (
+        select e.key, e.currency from oncepay.entry_rows e where e.balance_transaction = t.id
+        union all
+        select e.key, e.currency
+        from oncepay.link_rows l
+        cross join lateral (select * from oncepay.entries e where e.key = l.key and e.entry_id = l.entry_id offset 0) e
+        where l.balance_transaction = t.id) a) p
+where t.created_at >= $2 and t.created_at < $3 and t.net <> 0 and not p.posted
 
 -- name: of_several
 insert into oncepay.reconciliation_differences (run, kind, transaction, key, source, category, currency, detail)
-select $1, 'of_several', t.id, min(l.key), t.source, t.category, t.currency, string_agg(distinct l.key, ', ')
+select $1, 'of_several', t.id, p.key, t.source, t.category, t.currency, p.keys
 from oncepay.stripe_transactions t
-join oncepay.balance_links l on l.balance_transaction = t.id
-where t.created_at >= $2 and t.created_at < $3
-group by t.id
-having count(distinct l.key) > 1
+cross join lateral (
+    select min(a.key) as key, string_agg(distinct a.key, ', ') as keys, count(distinct a.key) as count
+    from (
+        select e.key from oncepay.entry_rows e where e.balance_transaction = t.id
+        union all
+        select l.key from oncepay.link_rows l where l.balance_transaction = t.id) a) p
+where t.created_at >= $2 and t.created_at < $3 and p.count > 1
 
 -- name: unlinked
 -- Entries on the clearing account that no balance transaction belongs to.
 insert into oncepay.reconciliation_differences (run, kind, key, entry_id, source, category, currency, expected, actual)
-select $1, 'unlinked', e.key, e.entry_id, e.source, e.kind, e.currency, 0, sum(x.amount)
-from oncepay.entries e
-cross join lateral unnest(e.accounts, e.amounts) x (account, amount)
-where e.created_at >= $2 and e.created_at < least($3::timestamptz, $4::timestamptz) and x.account = 'stripe:clearing'
-  and not exists (select from oncepay.balance_links l where l.key = e.key and l.entry_id = e.entry_id)
-group by e.key, e.entry_id
+select $1, 'unlinked', e.key, e.entry_id, coalesce(e.source, substr(e.entry_id, strpos(e.entry_id, ':') + 1)), e.kind, e.currency, 0,
+       x.amount
+from oncepay.entry_rows e
+cross join lateral (
+    select sum(x.amount) as amount from unnest(e.accounts, e.amounts) x (account, amount)
+    where x.account in ('C', 'stripe:clearing')) x
+where e.created_at >= $2 and e.created_at < least($3::timestamptz, $4::timestamptz) and e.balance_transaction is null
+  and x.amount is not null
+  and not exists (select from oncepay.link_rows l where l.key = e.key and l.entry_id = e.entry_id)
 
 -- name: linked_twice
+-- Of two links one at least is not in the entry's row.
 insert into oncepay.reconciliation_differences (run, kind, key, entry_id, source, category, currency, detail)
-select $1, 'linked_twice', e.key, e.entry_id, e.source, e.kind, e.currency, string_agg(l.balance_transaction, ', ')
-from oncepay.entries e
-join oncepay.balance_links l on l.key = e.key and l.entry_id = e.entry_id
-where e.created_at >= $2 and e.created_at < $3
-group by e.key, e.entry_id
-having count(*) > 1
+select $1, 'linked_twice', e.key, e.entry_id, e.source, e.kind, e.currency,
+       concat_ws(', ', e.transaction, string_agg(l.balance_transaction, ', ' order by l.balance_transaction))
+from (
+    select key, entry_id, coalesce(source, substr(entry_id, strpos(entry_id, ':') + 1)) as source, kind, currency,
+           balance_transaction as transaction
+    from oncepay.entry_rows
+    where created_at >= $2 and created_at < $3
+    union all
+    select key, 'stripe_fee:' || balance_transaction, balance_transaction, 'stripe_fee', currency, balance_transaction
+    from oncepay.entry_rows
+    where created_at >= $2 and created_at < $3 and fee is not null) e
+join oncepay.link_rows l on l.key = e.key and l.entry_id = e.entry_id
+group by e.key, e.entry_id, e.source, e.kind, e.currency, e.transaction
+having count(*) + count(distinct e.transaction) > 1
 
 -- name: not_in_copy
 -- Linked transactions that Stripe's list didn't bring: of another time, or not there at all.
 select l.balance_transaction, min(l.key) as key, min(l.entry_id) as entry_id
-from oncepay.balance_links l
-where l.created_at >= $1 and l.created_at < $2
-  and not exists (select from oncepay.stripe_transactions t where t.id = l.balance_transaction)
+from (
+    select e.balance_transaction, e.key, e.entry_id from oncepay.entry_rows e
+    where e.created_at >= $1 and e.created_at < $2 and e.balance_transaction is not null
+      and not exists (select from oncepay.stripe_transactions t where t.id = e.balance_transaction)
+    union all
+    select l.balance_transaction, l.key, l.entry_id from oncepay.link_rows l
+    where l.created_at >= $1 and l.created_at < $2
+      and not exists (select from oncepay.stripe_transactions t where t.id = l.balance_transaction)) l
 group by l.balance_transaction
 order by l.balance_transaction
 limit $3

@@ -1,8 +1,8 @@
 """The log of a shard whose aggregator was away: payments as they come out of it, for the benchmarks of derived data.
 
 Each payment of two items by two sellers has a row for each version of its life (three, when a card is charged at once:
-created, confirming, succeeded), its entry or entries with Stripe's fee, and their links. Keys and ids look like issued keys
-and Stripe's ids.
+created, confirming, succeeded), and two entries, its own and Stripe's fee, in one row with the link to their balance transaction,
+as a shard keeps what it books at once; or, for comparing, in rows of their own. Keys and ids look like issued keys and Stripe's.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import psutil
 
 from loadtest.bench.own_cluster import Running
 from oncepay.cart import Fee, Item, shares_of
+from oncepay.entry_rows import EntryRow as StoredEntry
+from oncepay.entry_rows import packed
 from oncepay.feed import FEED_ROWS_MAX, EntryRow, FeedBatch, LinkRow, PaymentRow, encode_batch
 from oncepay.keys import slot
-from oncepay.ledger import STRIPE_CLEARING, STRIPE_FEES, Entry, Posting, payment_entry, stripe_fee_entry
+from oncepay.ledger import BalanceLink, payment_entry, stripe_fee_entry
 from oncepay.payment import Progress, Terms
 from oncepay.payment_text import progress_text, terms_text
 
@@ -36,6 +38,7 @@ FEE = Fee(1000)
 STRIPE_FEE = 117
 START_LSN = 1000
 PROGRESS = progress_text(Progress(attempt=1, payment_method="pm_card_visa", charge="{C}", stripe_fee=STRIPE_FEE))
+ENTRIES_EACH = 2
 STATES = ("created", "confirming", "succeeded")
 GROUP = 16
 """So many batches of each shard are made, then posted: making them isn't the aggregator's time."""
@@ -43,19 +46,18 @@ _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 class Shape(NamedTuple):
-    """How much and of what: `entries` in all shards together, `each` a payment: 2, or 1 with Stripe's fee
-    in the payment's own."""
+    """How much and of what: `entries` in all shards together, two a payment; `apart`: each in a row of its own."""
 
     entries: int
     sellers: int
     shards: int = 1
-    each: int = 2
     versions: int = 3
+    apart: bool = False
 
     @property
     def payments(self) -> int:
         """In all shards together."""
-        return self.entries // self.each
+        return self.entries // ENTRIES_EACH
 
     @property
     def names(self) -> list[str]:
@@ -96,13 +98,21 @@ class Life(NamedTuple):
 
 
 @lru_cache(maxsize=2000)
-def _entries_of(price: int, each: int) -> list[Entry]:
-    """The entries of a payment whose second item costs `price`, of sellers A and B, charge C and transaction T."""
-    paid = payment_entry("usd", "C", shares_of([Item("A", 1499), Item("B", price, 2)], {}, FEE))
-    if each == 2:
-        return [paid, stripe_fee_entry("usd", "T", STRIPE_FEE)]
-    fee = (Posting(STRIPE_FEES, STRIPE_FEE), Posting(STRIPE_CLEARING, -STRIPE_FEE))
-    return [Entry(paid.entry_id, paid.kind, paid.currency, paid.source, (*paid.postings, *fee))]
+def _booked(price: int, apart: bool) -> tuple[list[StoredEntry], list[BalanceLink]]:
+    """The rows of a payment whose second item costs `price`, of sellers A and B, charge C and transaction T."""
+    shares = shares_of([Item("{A}", 1499), Item("{B}", price, 2)], {}, FEE)
+    entries = payment_entry("usd", "{C}", shares), stripe_fee_entry("usd", "{T}", STRIPE_FEE)
+    links = [BalanceLink("{T}", entry.entry_id) for entry in entries]
+    if not apart:
+        return packed(entries, links)
+    rows = [
+        StoredEntry(
+            *(e.entry_id, e.kind, e.currency, e.source, [p.account for p in e.postings], [p.amount_minor for p in e.postings]),
+            *([p.seller for p in e.postings], None, None),
+        )
+        for e in entries
+    ]
+    return rows, links
 
 
 @lru_cache(maxsize=1000)
@@ -127,18 +137,27 @@ def life(number: int, lsn: int, shape: Shape) -> Life:
         )
         for left, status in zip(range(shape.versions - 1, -1, -1), STATES[-shape.versions :], strict=True)
     ]  # fmt: skip
-    transaction, names = transaction_id(number + 1), {"A": first, "B": second, "": ""}
-    accounts = {f"seller:{name}:payable": f"seller:{real}:payable" for name, real in names.items()}
-    sources = {"C": f"ch_3{part}", "T": transaction}
+    names = {"{A}": first, "{B}": second, "{C}": f"ch_3{part}", "{T}": transaction_id(number + 1)}
+
+    def real(text: str) -> str:
+        start = text.find("{")
+        return text if start < 0 else text[:start] + names[text[start : start + 3]] + text[start + 3 :]
+
+    booked, links = _booked(price, shape.apart)
     entries = [
         EntryRow(
-            lsn, at_ms, place, key, f"{made.kind}:{sources[made.source]}", made.kind, "usd", sources[made.source],
-            tuple(accounts.get(p.account, p.account) for p in made.postings), tuple(p.amount_minor for p in made.postings),
-            tuple(names[p.seller] for p in made.postings), time_us,
+            lsn, at_ms, place, key, real(row.entry_id), row.kind or row.entry_id.partition(":")[0], "usd",
+            None if row.source is None else real(row.source), tuple(map(real, row.accounts)), tuple(row.amounts),
+            None if row.sellers is None else tuple(map(real, row.sellers)), time_us,
+            None if row.balance_transaction is None else real(row.balance_transaction), row.fee,
         )
-        for made in _entries_of(price, shape.each)
+        for row in booked
     ]  # fmt: skip
-    return Life(rows, entries, [LinkRow(lsn, at_ms, place, key, made.entry_id, transaction, time_us) for made in entries])
+    apart = [
+        LinkRow(lsn, at_ms, place, key, real(link.entry_id), real(link.balance_transaction), time_us)
+        for link in (links if shape.apart else ())
+    ]
+    return Life(rows, entries, apart)
 
 
 def _sellers(number: int, sellers: int) -> tuple[str, str]:
@@ -151,7 +170,7 @@ def _sellers(number: int, sellers: int) -> tuple[str, str]:
 def batches(shape: Shape, shard: int = 0) -> Iterator[FeedBatch]:
     """One shard's log from START_LSN on, cut as a worker cuts it."""
     numbers = range(shard, shape.payments, shape.shards)
-    each = max(1, FEED_ROWS_MAX // (shape.versions + 2 * shape.each))
+    each = max(1, FEED_ROWS_MAX // (shape.versions + (4 if shape.apart else 1)))
     lsn = START_LSN
     for first in range(0, len(numbers), each):
         before, lives = lsn, []
@@ -213,7 +232,7 @@ async def apply_all(running: Running, shape: Shape) -> Applied:
     headers = {"Authorization": f"Bearer {running.settings.internal_token}"}
     logs = [batches(shape, shard) for shard in range(shape.shards)]
     last = [START_LSN] * shape.shards
-    seconds, entries, payments, times, spent = 0.0, 0, 0, list[float](), processor_s(running)
+    seconds, payments, times, spent = 0.0, 0, list[float](), processor_s(running)
 
     async def post(http: aiohttp.ClientSession, bodies: list[bytes]) -> None:
         for body in bodies:
@@ -229,8 +248,7 @@ async def apply_all(running: Running, shape: Shape) -> Applied:
             bodies = [[encode_batch(batch) for batch in group] for group in groups]
             for group in groups:
                 last[shape.names.index(group[-1].shard)] = group[-1].to_lsn
-            entries += sum(len(batch.entries) for group in groups for batch in group)
-            payments += sum(len(batch.links) // shape.each for group in groups for batch in group)
+            payments += sum(len(batch.payments) // shape.versions for group in groups for batch in group)
             groups.clear()
             began_s = time.perf_counter()
             await asyncio.gather(*(post(http, each) for each in bodies))
@@ -240,4 +258,4 @@ async def apply_all(running: Running, shape: Shape) -> Applied:
         await asyncio.gather(*(post(http, [each]) for each in ends))
         seconds += time.perf_counter() - began_s
     used = {name: now_s - spent[name] for name, now_s in processor_s(running).items()}
-    return Applied(entries, payments, seconds, times, used)
+    return Applied(payments * ENTRIES_EACH, payments, seconds, times, used)

@@ -60,13 +60,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--entries", type=int, default=1_000_000, help="how many entries (default: %(default)s)")
     parser.add_argument("--sellers", type=int, default=10_000, help="how many sellers (default: %(default)s)")
     parser.add_argument("--shards", type=int, default=1, help="how many shards' backlogs at once (default: %(default)s)")
-    parser.add_argument(
-        "--entries-each",
-        type=int,
-        choices=(1, 2),
-        default=2,
-        help="1: Stripe's fee in the payment's own entry (default: %(default)s)",
-    )
+    parser.add_argument("--apart", action="store_true", help="each entry and link in a row of its own, as in earlier versions")
     parser.add_argument(
         "--versions", type=int, choices=(1, 2, 3), default=3, help="rows of each payment in the log (default: %(default)s)"
     )
@@ -76,7 +70,7 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     asked = options()
-    shape = Shape(asked.entries, asked.sellers, asked.shards, asked.entries_each, asked.versions)
+    shape = Shape(asked.entries, asked.sellers, asked.shards, asked.versions, asked.apart)
     with cluster("bench-derived", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator") as running:
         applied = asyncio.run(apply_all(running, shape))
         loaded = machine()

@@ -3,9 +3,9 @@
     python -m loadtest.bench.rebuilt [--entries 1000000] [--sellers 100000] [--times 1]
 
 An aggregator with its Postgres gets the tables of a shard as `oncepay shards resnapshot` sends them; backlog.py makes the
-rows as it goes, in this process. With `--times 2` it happens again over what is there, which is forgotten first. Prints one
-JSON object; exits with 1 when a rebuild takes longer than eight minutes for each ten million entries, or an answer longer than
-it may.
+rows before, into a file: on a real cluster the shard's node does that. With `--times 2` it happens again over what is there,
+which is forgotten first. Prints one JSON object; exits with 1 when a rebuild takes longer than eight minutes for each ten
+million entries, or an answer longer than it may.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from loadtest.bench.backlog import START_LSN, Shape, batches, processor_s
+from loadtest.bench.backlog import ENTRIES_EACH, START_LSN, Shape, batches, processor_s
 from loadtest.bench.derived import MEDIAN_MAX_MS, ask
 from loadtest.bench.own_cluster import Running, cluster, machine
 from oncepay.feed import REBUILD_END, RebuildHead, encode_batch, encode_head, framed
@@ -31,29 +32,25 @@ ENTRIES_OF_MAX = 10_000_000
 ALL_SLOTS = ((0, 65_535),)
 
 
-class Rebuild:
-    """One rebuild's body, and what making it cost."""
+CHUNK = 256 * 1024
 
-    def __init__(self, shape: Shape) -> None:
-        self.entries = 0
-        self.making_s = 0.0
-        self._shape = shape
-        self._lsn = START_LSN + 100 * shape.payments
 
-    async def body(self) -> AsyncIterator[bytes]:
-        """Head, batches, end: all rows are at the position of the rebuild."""
-        yield framed(encode_head(RebuildHead("s0", "bench", 1, self._lsn, ALL_SLOTS)))
-        log = batches(self._shape)
-        while True:
-            began_s = time.process_time()
-            batch = next(log, None)
-            if batch is None:
-                break
-            frame = framed(encode_batch(_at_the_end(batch, self._lsn)))
-            self.making_s += time.process_time() - began_s
-            self.entries += len(batch.entries)
-            yield frame
-        yield REBUILD_END
+def make(shape: Shape, place: Path) -> float:
+    """Write the body of a rebuild: head, batches, end; all rows are at the position of the rebuild. How many seconds it took."""
+    began_s, lsn = time.process_time(), START_LSN + 100 * shape.payments
+    with place.open("wb") as body:
+        body.write(framed(encode_head(RebuildHead("s0", "bench", 1, lsn, ALL_SLOTS))))
+        for batch in batches(shape):
+            body.write(framed(encode_batch(_at_the_end(batch, lsn))))
+        body.write(REBUILD_END)
+    return time.process_time() - began_s
+
+
+async def sent(place: Path) -> AsyncIterator[bytes]:
+    """The file in chunks."""
+    with place.open("rb") as body:
+        while chunk := body.read(CHUNK):
+            yield chunk
 
 
 def _at_the_end(batch: Any, lsn: int) -> Any:
@@ -62,22 +59,27 @@ def _at_the_end(batch: Any, lsn: int) -> Any:
 
 async def rebuild(running: Running, shape: Shape) -> dict[str, Any]:
     """Send one rebuild, and wait for its answer."""
+    place = running.home / "bench-rebuild"
+    making_s = make(shape, place)
     url = f"http://127.0.0.1:{running.port('aggregator')}/v1/feed/s0/rebuild"
-    made = Rebuild(shape)
     headers = {"Authorization": f"Bearer {running.settings.internal_token}"}
     timeout = aiohttp.ClientTimeout(total=None)
     began_s, spent = time.perf_counter(), processor_s(running)
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as http, http.post(url, data=made.body()) as answer:
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as http, http.post(url, data=sent(place)) as answer:
         told = await answer.text()
     seconds = time.perf_counter() - began_s
     if answer.status != 200:
         raise SystemExit(f"the rebuild was refused: {answer.status} {told}")
+    body_bytes = place.stat().st_size
+    place.unlink()
+    entries = shape.payments * ENTRIES_EACH
     return {
-        "entries": made.entries,
+        "entries": entries,
         "seconds": round(seconds, 1),
-        "entries_per_s": round(made.entries / seconds),
+        "entries_per_s": round(entries / seconds),
+        "body_bytes": body_bytes,
         "processor_s": {
-            "sender": round(made.making_s, 1),
+            "making the body": round(making_s, 1),
             **{name: round(now_s - spent[name], 1) for name, now_s in processor_s(running).items()},
         },
         "machine": machine(),
@@ -88,13 +90,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_000_000, help="how many entries (default: %(default)s)")
     parser.add_argument("--sellers", type=int, default=100_000, help="how many sellers (default: %(default)s)")
-    parser.add_argument(
-        "--entries-each",
-        type=int,
-        choices=(1, 2),
-        default=2,
-        help="1: Stripe's fee in the payment's own entry (default: %(default)s)",
-    )
+    parser.add_argument("--apart", action="store_true", help="each entry and link in a row of its own, as in earlier versions")
     parser.add_argument("--times", type=int, default=1, help="how often (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=400, help="how often each answer is asked for (default: %(default)s)")
     return parser.parse_args()
@@ -102,7 +98,7 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     asked = options()
-    shape = Shape(asked.entries, asked.sellers, each=asked.entries_each, versions=1)
+    shape = Shape(asked.entries, asked.sellers, versions=1, apart=asked.apart)
     with cluster("bench-rebuilt", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator") as running:
         found = [asyncio.run(rebuild(running, shape)) for _ in range(asked.times)]
         answers = asyncio.run(ask(running, asked.sellers, asked.requests))

@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--transactions", type=int, default=1_000_000, help="how many (default: %(default)s)")
     parser.add_argument("--sellers", type=int, default=10_000, help="of how many sellers (default: %(default)s)")
     asked = parser.parse_args()
-    shape = Shape(asked.transactions * 2, asked.sellers, each=2, versions=1)
+    shape = Shape(asked.transactions * 2, asked.sellers, versions=1)
     with cluster("bench-reconciled", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator") as running:
         rebuilt = asyncio.run(rebuild(running, shape))
         state = running.home / "bench-stripe"

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
+from oncepay.entry_rows import packed
 from oncepay.keys import slot as slot_of
 from oncepay.ledger import BalanceLink, Entry
 from oncepay.payment import Key, Payment, Status
 from oncepay.payment_text import parse_progress, parse_terms, progress_text, terms_text
-from shard.store.entry_rows import packed
 
 _UTC = datetime.UTC
 NEW_COLUMNS, CHANGE_COLUMNS, ENTRY_COLUMNS, LINK_COLUMNS = 13, 12, 10, 3

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
-from itertools import chain
 from typing import Any
 
 import asyncpg
@@ -22,7 +21,7 @@ from shard.store.leader import Node
 from shard.worker.errors import StandDown, WrongNode
 from shard.worker.replication import ReplicationConnection
 from shard.worker.stream import ROLE, SLOT
-from shard.worker.transactions import entry_links, entry_rows
+from shard.worker.transactions import entry_row
 
 PAGE_ROWS = 2_000
 SLOT_S = 60.0
@@ -61,10 +60,7 @@ class Snapshot:
             async for page in self._pages("payments"):
                 yield self._batch(payments=tuple(_payment(lsn, row) for row in page))
             async for page in self._pages("entries"):
-                at_ms = [row["created_at"] // 1000 for row in page]
-                entries = (entry_rows(lsn, ms, row) for ms, row in zip(at_ms, page, strict=True))
-                links = (entry_links(lsn, ms, row) for ms, row in zip(at_ms, page, strict=True))
-                yield self._batch(entries=tuple(chain.from_iterable(entries)), links=tuple(chain.from_iterable(links)))
+                yield self._batch(entries=tuple(entry_row(lsn, row["created_at"] // 1000, row) for row in page))
             async for page in self._pages("links"):
                 yield self._batch(links=tuple(_link(lsn, row) for row in page))
             async for page in self._pages("payouts"):

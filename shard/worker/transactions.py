@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from oncepay.feed import EntryRow, LinkRow, PaymentRow, PayoutRow
-from shard.store.entry_rows import EntryRow as StoredEntry
-from shard.store.entry_rows import entries_of, links_of
 from shard.worker.pgoutput import Begin, Commit, Decoder, Insert, MalformedMessage, Message, Relation, Update, reader_of
 from shard.worker.rows import UNUSUAL, Read
 
@@ -178,9 +176,8 @@ class Assembler:
                 lsn,
                 at_ms,
                 [_payment(lsn, at_ms, values) for values in rows[PAYMENTS]],
-                [entry for values in rows[ENTRIES] for entry in entry_rows(lsn, at_ms, values)],
-                [link for values in rows[ENTRIES] for link in entry_links(lsn, at_ms, values)]
-                + [_link(lsn, at_ms, values) for values in rows[LINKS]],
+                [entry_row(lsn, at_ms, values) for values in rows[ENTRIES]],
+                [_link(lsn, at_ms, values) for values in rows[LINKS]],
                 self._nonces,
                 self._size_bytes,
                 [_payout(lsn, at_ms, values) for values in rows[PAYOUTS]],
@@ -203,16 +200,15 @@ def _payment(lsn: int, at_ms: int, values: Values) -> PaymentRow:
     )  # fmt: skip
 
 
-def entry_rows(lsn: int, at_ms: int, values: Sequence[Any]) -> list[EntryRow]:
-    """The entries in a row of the shard's entries. Raises KeyError for a code of a later version."""
-    slot, key, *content, created_at = values
-    return [EntryRow(lsn, at_ms, slot, key, *entry, created_at) for entry in entries_of(StoredEntry(*content))]
-
-
-def entry_links(lsn: int, at_ms: int, values: Sequence[Any]) -> list[LinkRow]:
-    """The links in a row of the shard's entries."""
-    slot, key, *content, created_at = values
-    return [LinkRow(lsn, at_ms, slot, key, *link, created_at) for link in links_of(StoredEntry(*content))]
+def entry_row(lsn: int, at_ms: int, values: Sequence[Any]) -> EntryRow:
+    """A row of the shard's entries, with the kind where its id says it."""
+    slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, transaction, fee, created_at = values
+    if kind is None:
+        kind = entry_id if source is not None else entry_id.partition(":")[0]
+    return EntryRow(
+        *(lsn, at_ms, slot, key, entry_id, kind, currency, source, tuple(accounts), tuple(amounts)),
+        *(None if sellers is None else tuple(sellers), created_at, transaction, fee),
+    )
 
 
 def _link(lsn: int, at_ms: int, values: Values) -> LinkRow:

@@ -17,7 +17,7 @@ from oncepay.payment_text import parse_terms
 from tests.aggregator.strategies import History
 
 TABLES = (
-    *("watermarks", "payments", "payment_history_rows", "payment_versions", "entries", "balance_links", "seller_days"),
+    *("watermarks", "payments", "payment_history_rows", "payment_versions", "entry_rows", "link_rows", "seller_days"),
     *("account_totals", "kind_totals", "seller_postings", "account_days", "payouts", "events", "event_cursors"),
     *("event_retries", "event_deliveries"),
 )
@@ -85,6 +85,7 @@ def naive_postings(entries: Iterable[EntryRow]) -> set[tuple[Any, ...]]:
     """What each entry did to each seller: what it is owed, that before fees, and the platform's part."""
     found = set()
     for entry in entries:
+        assert entry.sellers is not None
         postings = list(zip(entry.accounts, entry.amounts, entry.sellers, strict=True))
         own = {account.split(":", 1)[1].rsplit(":", 1)[0] for account, _, _ in postings if account.endswith(":payable")}
         for seller in own | {seller for _, _, seller in postings if seller}:
@@ -106,7 +107,7 @@ def expected(histories: Iterable[History]) -> State:
             terms[row.key] = parse_terms(row.terms)
         if row.key not in payments or payments[row.key].version < row.version:
             payments[row.key] = row
-    entries: dict[tuple[str, str], EntryRow] = {(row.key, row.entry_id): row for history in histories for row in history.entries}
+    entries: dict[tuple[str, str], EntryRow] = {(row.key, row.entry_id): row for history in histories for row in history.booked}
     sums = fold(entries.values())
     return {
         "watermarks": {history.shard: history.lsn for history in histories},
@@ -121,7 +122,7 @@ def expected(histories: Iterable[History]) -> State:
             name: (row.slot, row.kind, row.currency, row.source, row.accounts, row.amounts, row.sellers, row.created_at_us)
             for name, row in entries.items()
         },
-        "links": {(row.balance_transaction, row.key, row.entry_id) for history in histories for row in history.links},
+        "links": set[Any]().union(*(history.linked for history in histories)),
         "days": {
             name: (row.payments, row.gross, row.refunded, row.disputed, row.fees, row.net)
             for name, row in sums.seller_days.items()

@@ -9,10 +9,12 @@ import msgspec
 from hypothesis import strategies as st
 
 from oncepay.cart import Fee, Item, Share, shares_of
+from oncepay.entry_rows import entries_of, links_of, packed
 from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow
 from oncepay.ledger import (
     PLATFORM_FEES,
     STRIPE_CLEARING,
+    BalanceLink,
     Entry,
     dispute_entries,
     payable,
@@ -69,6 +71,21 @@ class History:
             tuple(row for row in self.links if inside(row)),
         )
 
+    @property
+    def booked(self) -> list[EntryRow]:
+        """Each entry in a row of its own, as it was booked."""
+        return [
+            EntryRow(row.lsn, row.committed_at_ms, row.slot, row.key, *read, row.created_at_us)
+            for row in self.entries
+            for read in entries_of(row.stored)
+        ]
+
+    @property
+    def linked(self) -> set[tuple[str, str, str]]:
+        """All links: balance transaction, key, entry."""
+        told = {(link.balance_transaction, link.key, link.entry_id) for link in self.links}
+        return told | {(transaction, row.key, entry_id) for row in self.entries for entry_id, transaction in links_of(row.stored)}
+
     def whole(self) -> FeedBatch:
         """Everything so far, as one batch."""
         return self.batch(1000, self.lsn)
@@ -98,6 +115,20 @@ def entry_row(lsn: int, key: str, entry: Entry, at_us: int = FIRST_US) -> EntryR
         tuple(p.account for p in entry.postings), tuple(p.amount_minor for p in entry.postings),
         tuple(p.seller for p in entry.postings), at_us,
     )  # fmt: skip
+
+
+def coded_rows(lsn: int, key: str, entries: list[Entry], links: list[BalanceLink], at_us: int = FIRST_US) -> list[EntryRow]:
+    """What one commit books, as a shard keeps it."""
+    rows, left = packed(entries, links)
+    assert not left
+    return [
+        EntryRow(
+            lsn, at_us // 1000, slot_of(key), key, row.entry_id, entries_of(row)[0].kind, row.currency, row.source,
+            tuple(row.accounts), tuple(row.amounts), None if row.sellers is None else tuple(row.sellers), at_us,
+            row.balance_transaction, row.fee,
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def refund_row(lsn: int, key: str, paid: EntryRow, at_us: int, kind: str = "refund") -> EntryRow:
@@ -139,42 +170,55 @@ def _one_payment(draw: st.DrawFn, history: History, key: str) -> None:
         )
     if not draw(st.booleans()):
         return
+    coded, fee_at_once = draw(st.booleans()), draw(st.booleans())
     lsn, total = history.commit(), sum(item.amount * item.quantity for item in items)
     history.payments.append(
         payment_row(lsn, key, "succeeded", len(steps) + 2, items, currency=currency, captured=total, at_us=at_us)
     )
-    paid = entry_row(lsn, key, payment_entry(currency, f"ch_{key}", shares_of(items, {}, FEE)), at_us)
-    history.entries.append(paid)
-    if draw(st.booleans()):
-        lsn = history.commit()
-        fee = stripe_fee_entry(currency, f"txn_{key}", draw(st.integers(1, 500)))
-        history.entries.append(entry_row(lsn, key, fee, at_us))
-        history.links += [LinkRow(lsn, 0, slot_of(key), key, e, f"txn_{key}", at_us) for e in (paid.entry_id, fee.entry_id)]
-    _later_life(draw, history, key, paid, at_us)
+    entry, transaction = payment_entry(currency, f"ch_{key}", shares_of(items, {}, FEE)), f"txn_{key}"
+    fee = stripe_fee_entry(currency, transaction, draw(st.integers(1, 500)))
+    links = [BalanceLink(transaction, each.entry_id) for each in (entry, fee)]
+    if coded and fee_at_once:
+        history.entries += coded_rows(lsn, key, [entry, fee], links, at_us)
+    else:
+        history.entries += coded_rows(lsn, key, [entry], [], at_us) if coded else [entry_row(lsn, key, entry, at_us)]
+        if draw(st.booleans()):
+            lsn = history.commit()
+            if coded:
+                history.entries += coded_rows(lsn, key, [fee], links[1:], at_us)
+                links = links[:1]
+            else:
+                history.entries.append(entry_row(lsn, key, fee, at_us))
+            history.links += [LinkRow(lsn, 0, slot_of(key), key, link.entry_id, transaction, at_us) for link in links]
+    _later_life(draw, history, key, entry_row(lsn, key, entry, at_us), at_us, coded=coded)
 
 
-def _later_life(draw: st.DrawFn, history: History, key: str, paid: EntryRow, at_us: int) -> None:
+def _later_life(draw: st.DrawFn, history: History, key: str, paid: EntryRow, at_us: int, *, coded: bool) -> None:
     """Refunds of a part that fail or don't, disputes (also after refunds) that are won or lost, payouts that come back."""
+
+    def row_of(lsn: int, key: str, entry: Entry, at_us: int) -> EntryRow:
+        return coded_rows(lsn, key, [entry], [], at_us)[0] if coded else entry_row(lsn, key, entry, at_us)
+
     left = shares_of_entry(paid)
     for n in range(draw(st.integers(0, 2))):
         at_us += draw(st.integers(0, 2 * DAY_US))
         parts = tuple(Share(s.seller, draw(st.integers(0, s.gross)), 0) for s in left)
         if any(part.gross for part in parts):
-            history.entries.append(entry_row(history.commit(), key, refund_entry(paid.currency, f"r{n}", parts), at_us))
+            history.entries.append(row_of(history.commit(), key, refund_entry(paid.currency, f"r{n}", parts), at_us))
             end = draw(st.sampled_from(["open", "paid", "failed", "returned"]))
             if end in ("paid", "returned"):
                 total = sum(part.gross for part in parts)
                 for made in refund_paid_entries(paid.currency, f"txn_{key}_r{n}", total, "usd", total * 2, 3):
-                    history.entries.append(entry_row(history.commit(), key, made, at_us + 1))
+                    history.entries.append(row_of(history.commit(), key, made, at_us + 1))
             if end in ("failed", "returned"):
                 back = refund_reversed_entry(paid.currency, f"r{n}", parts)
-                history.entries.append(entry_row(history.commit(), key, back, at_us + draw(st.integers(2, DAY_US))))
+                history.entries.append(row_of(history.commit(), key, back, at_us + draw(st.integers(2, DAY_US))))
     for sign in draw(st.sampled_from([(), (1,), (1, -1)])):
         at_us += draw(st.integers(0, 2 * DAY_US))
         withdrawn = tuple(Share(share.seller, share.gross, 0) for share in left)
         settled = draw(st.integers(1, 9999))
         for made in dispute_entries(paid.currency, f"txn_{key}_d{sign}", withdrawn, sign, "usd", settled, 15):
-            history.entries.append(entry_row(history.commit(), key, made, at_us))
+            history.entries.append(row_of(history.commit(), key, made, at_us))
     for number in range(draw(st.integers(0, 2))):
         _payout(draw, history, f"payout:{key}:{number}", paid.currency, at_us)
 
@@ -190,10 +234,22 @@ def _payout(draw: st.DrawFn, history: History, key: str, currency: str, at_us: i
 def shares_of_entry(paid: EntryRow) -> list[Share]:
     """Each seller's gross in a payment's entry."""
     gross: dict[str, int] = {}
+    assert paid.sellers is not None
     for amount, seller in zip(paid.amounts, paid.sellers, strict=True):
         if seller:
             gross[seller] = gross.get(seller, 0) - amount
     return [Share(seller, amount, 0) for seller, amount in gross.items()]
 
 
-__all__ = ["FIRST_US", "PLATFORM_FEES", "SELLERS", "History", "entry_row", "histories", "payment_row", "refund_row", "slot_of"]
+__all__ = [
+    "FIRST_US",
+    "PLATFORM_FEES",
+    "SELLERS",
+    "History",
+    "coded_rows",
+    "entry_row",
+    "histories",
+    "payment_row",
+    "refund_row",
+    "slot_of",
+]

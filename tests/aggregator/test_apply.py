@@ -17,11 +17,11 @@ from aggregator.metrics import CONTRADICTIONS
 from aggregator.migrate import migrate
 from oncepay.cart import Fee, Item, shares_of
 from oncepay.errors import MalformedBody
-from oncepay.feed import FeedPosition, lsn_text
-from oncepay.ledger import payment_entry
+from oncepay.feed import FeedPosition, LinkRow, lsn_text
+from oncepay.ledger import BalanceLink, payment_entry, stripe_fee_entry
 from tests.aggregator.conftest import PASSWORDS
 from tests.aggregator.database import empty, expected, held
-from tests.aggregator.strategies import History, entry_row, histories, payment_row
+from tests.aggregator.strategies import FIRST_US, History, coded_rows, entry_row, histories, payment_row
 
 pytestmark = pytest.mark.cluster
 REAL = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -45,7 +45,11 @@ async def test_a_migration_can_be_run_again_and_by_two_at_once(aggregator_dsn: s
 
 
 async def test_the_service_can_neither_change_nor_delete_an_entry(connection: asyncpg.Connection) -> None:
-    for statement in ("delete from oncepay.entries", "update oncepay.entries set kind = 'x'", "truncate oncepay.entries"):
+    for statement in (
+        "delete from oncepay.entry_rows",
+        "update oncepay.entry_rows set kind = 'x'",
+        "truncate oncepay.entry_rows",
+    ):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await connection.execute(statement)
 
@@ -150,6 +154,32 @@ async def test_an_entry_that_comes_again_with_another_content_is_counted_and_cha
     assert CONTRADICTIONS.labels("s1")._value.get() == counted + 1
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("order", [("s0", "s1"), ("s1", "s0")])
+async def test_what_a_row_tells_counts_once_beside_the_rows_of_earlier_workers(
+    connection: asyncpg.Connection, order: Sequence[str], together: bool
+) -> None:
+    """A moved payment whose source's worker packs, and whose target's doesn't yet; its fee may come alone."""
+    entries = [payment_entry("usd", "ch", shares_of(ITEMS, {}, Fee(1000))), stripe_fee_entry("usd", "txn", 60)]
+    links = [BalanceLink("txn", entry.entry_id) for entry in entries]
+    source, target = paid("s0"), History("s1")
+    source.entries = coded_rows(source.lsn, "k", entries, links)
+    assert [row.fee for row in source.entries] == [60]
+    target.payments.append(payment_row(target.commit(), "k", "succeeded", 3, ITEMS, captured=1500))
+    for entry, link in zip(entries, links, strict=True):
+        lsn = target.lsn if together else target.commit()
+        target.entries.append(entry_row(lsn, "k", entry))
+        target.links.append(LinkRow(lsn, 0, target.entries[0].slot, "k", link.entry_id, "txn", FIRST_US))
+    streams = {"s0": source, "s1": target}
+    for shard in order:
+        history = streams[shard]
+        for lsn in range(1000, history.lsn, 100):
+            assert (await apply.apply(connection, history.batch(lsn, lsn + 100))).applied
+    assert await held(connection) == expected([source, target])
+    rows = await connection.fetchval("select count(*) from oncepay.balance_links")
+    assert rows == 2, "and no link is shown twice"
+
+
 async def test_a_version_that_comes_twice_is_shown_once(connection: asyncpg.Connection) -> None:
     source, target = paid("s0"), History("s1")
     target.payments += [payment_row(target.commit(), "k", "succeeded", version, ITEMS, captured=1500) for version in (2, 3)]
@@ -204,7 +234,8 @@ async def test_two_shards_streams_in_any_interleaving_are_the_fold(
 
 
 def _continue(source: History, target: History) -> None:
-    """Make `target` the later life of the keys of `source`: higher versions, the same terms, the same entries."""
+    """Make `target` the later life of the keys of `source`: higher versions, the same terms, the same entries (a fee may be in
+    a row of its own in one, and in its payment's in the other)."""
     known = {row.key: row for row in source.payments}
     terms = {row.key: row.terms for row in source.payments if row.terms}
     fixed = [
@@ -217,7 +248,7 @@ def _continue(source: History, target: History) -> None:
         for row in target.payments
     ]  # fmt: skip
     target.payments[:] = fixed
-    entries = {(row.key, row.entry_id): row for row in source.entries}
+    entries = {(row.key, row.entry_id): row for row in [*source.booked, *source.entries]}
     target.entries[:] = [
         replace(entries.get((row.key, row.entry_id), row), lsn=row.lsn, committed_at_ms=row.committed_at_ms)
         for row in target.entries

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.cluster
 
 async def differing(connection: asyncpg.Connection, history: History) -> dict[str, set[str]]:
     """What the statements of the audit name."""
-    keys, ids = [row.key for row in history.entries], [row.entry_id for row in history.entries]
+    keys, ids = [row.key for row in history.booked], [row.entry_id for row in history.booked]
     sellers = [seller for seller in SELLERS if seller != "platform"]
     return {
         "postings": {row[0] for row in await connection.fetch(SQL["postings_differ"], keys, ids)},

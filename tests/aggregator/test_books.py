@@ -77,7 +77,7 @@ async def test_statements_of_consecutive_days_chain_and_are_the_fold(
                 assert last is None or local <= last
             after = following_page  # type: ignore[assignment]
             pages += 1
-    wanted = of_seller(history.entries, seller, currency)
+    wanted = of_seller(history.booked, seller, currency)
     assert [(entry.key, entry.entry, entry.kind, entry.amount) for entry in seen] == [row[1:] for row in wanted]
     assert closing == sum(row[-1] for row in wanted)
 
@@ -91,7 +91,7 @@ async def test_the_csv_says_the_same(
     of = await statement.period(connection, seller, currency, (None, None), "UTC")
     text = b"".join([piece async for piece in statement.lines(connection, of)]).decode()
     first, *entries, last = csv.DictReader(io.StringIO(text))
-    wanted = of_seller(history.entries, seller, currency)
+    wanted = of_seller(history.booked, seller, currency)
     assert (first["kind"], first["balance_minor"], last["kind"]) == ("opening_balance", "0", "closing_balance")
     assert [(row["entry"], int(row["amount_minor"])) for row in entries] == [(row[2], row[-1]) for row in wanted]
     assert int(last["balance_minor"]) == sum(int(row["amount_minor"]) for row in entries)
@@ -113,7 +113,7 @@ async def test_the_trial_balance_at_a_position_is_the_fold_up_to_it(
     }
     wanted: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for history in (first, second):
-        for entry in history.entries:
+        for entry in history.booked:
             if entry.lsn <= at.get(history.shard, history.lsn):
                 for account, amount in zip(entry.accounts, entry.amounts, strict=True):
                     name = "seller:*:payable" if account.endswith(":payable") else account
@@ -164,7 +164,7 @@ async def test_pending_is_what_new_payments_still_brought(
     since_us = FIRST_US + held_days * 86_400_000_000
     found = await reads.balance(connection, seller, EPOCH + dt.timedelta(microseconds=since_us))
     for balance in found:
-        rows = of_seller(history.entries, seller, balance.currency)
+        rows = of_seller(history.booked, seller, balance.currency)
         by_key: dict[str, int] = defaultdict(int)
         for at, key, _, _, amount in rows:
             by_key[key] += amount if at >= since_us else 0

@@ -17,30 +17,38 @@ from tests.aggregator.test_apply import REAL
 
 pytestmark = pytest.mark.cluster
 
-TEXT = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=8)
+TEXT = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=8) | st.integers(500, 520).map("x".__mul__)
 INT8 = st.integers(-(1 << 63), (1 << 63) - 1)
 ROW = st.tuples(
     TEXT, TEXT | st.none(), st.integers(-(1 << 31), (1 << 31) - 1), INT8, INT8 | st.none(), st.integers(0, (1 << 63) - 1),
     st.integers(0, 4_000_000_000_000_000), st.lists(TEXT, max_size=3), st.lists(INT8, max_size=3),
 )  # fmt: skip
-TABLE = "create temp table copied (a text, b text, c integer, d bigint, e bigint, f pg_lsn, g timestamptz, h text[], i bigint[])"
+TABLE = """create temp table copied (
+    z text, a text, b text, c integer, d bigint, e bigint, f pg_lsn, g timestamptz, h text[], i bigint[], j text, k boolean)
+"""
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 @settings(REAL, max_examples=15)
 @given(rows=st.lists(ROW, min_size=1, max_size=5))
 async def test_what_is_copied_is_what_was_meant(connection: asyncpg.Connection, rows: list[tuple[object, ...]]) -> None:
-    encoders = (
-        *(copying.texts, copying.optional_texts, copying.int4s, copying.int8s, copying.optional_int8s, copying.lsns),
-        *(copying.times, copying.text_arrays, copying.int8_arrays),
-    )
-    columns = [encode([row[n] for row in rows]) for n, encode in enumerate(encoders)]  # type: ignore[operator]
-    body = copying.HEADER + copying.rows(columns) + copying.TRAILER
+    a, b, c, d, e, f, g, h, i, *_ = map(list, zip(*rows, strict=True))
+    columns = [
+        copying.joined(copying.texts(a), copying.optional_texts(b)),
+        copying.fixed(("int4", c), ("int8", d)),
+        copying.optional_int8s(e),
+        copying.fixed(("lsn", f), ("int8", copying.times(g))),
+        copying.text_arrays(h),
+        copying.int8_arrays(i),
+        copying.joined(copying.words(a), copying.fixed(("boolean", [text == "" for text in a]))),
+    ]
+    body = copying.HEADER + copying.rows(12, columns, copying.text("first")) + copying.TRAILER
     await connection.execute("drop table if exists pg_temp.copied")
     await connection.execute(TABLE)
     await connection.copy_to_table("copied", source=io.BytesIO(body), format="binary")
     found = [tuple(row) for row in await connection.fetch("select * from copied")]
-    assert [(*row[:6], (row[6] - EPOCH) // dt.timedelta(microseconds=1), *row[7:]) for row in found] == rows
+    told = [("first", *row, row[0], row[0] == "") for row in rows]
+    assert [(*row[:7], (row[7] - EPOCH) // dt.timedelta(microseconds=1), *row[8:]) for row in found] == told
 
 
 @REAL

@@ -5,14 +5,17 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from aggregator.fold import Sums, day_of, fold
 from oncepay.cart import Fee, Item, shares_of
+from oncepay.errors import MalformedBody
 from oncepay.ledger import payable, payment_entry, stripe_fee_entry
 from tests.aggregator.database import naive_postings
-from tests.aggregator.strategies import DAY_US, FIRST_US, History, entry_row, histories, refund_row
+from tests.aggregator.strategies import DAY_US, FIRST_US, History, coded_rows, entry_row, histories, refund_row
 
 DAY = dt.date(2026, 9, 21)
 
@@ -78,7 +81,18 @@ def test_each_entrys_postings_are_what_it_did_to_its_sellers(history: History) -
         (p.seller, p.entry.currency, p.entry.created_at_us, p.entry.key, p.entry.entry_id, p.entry.kind, p.amount, p.total, p.fee)
         for p in fold(history.entries).postings
     }
-    assert found == naive_postings(history.entries)
+    assert found == naive_postings(history.booked)
+
+
+@given(histories())
+def test_rows_as_shards_keep_them_come_to_what_their_entries_do(history: History) -> None:
+    assert fold(history.entries) == fold(history.booked)
+
+
+def test_a_code_of_a_later_version_is_refused() -> None:
+    (row,) = coded_rows(1100, "k", [stripe_fee_entry("usd", "txn_1", 60)], [])
+    with pytest.raises(MalformedBody, match="'Zann'"):
+        fold([replace(row, accounts=("Zann", "C"))])
 
 
 @given(histories())

@@ -15,6 +15,7 @@ from aggregator import apply, queries, reads
 from aggregator.fold import SELLER_ACCOUNTS, SellerDay, fold
 from aggregator.reads import Span
 from aggregator.views import RevenueRow
+from oncepay.entry_rows import entries_of
 from oncepay.feed import FeedBatch
 from oncepay.ledger import Entry, Posting
 from tests.aggregator.database import EPOCH, empty, expected, held
@@ -138,8 +139,9 @@ async def test_no_more_than_the_limits_are_open(connection: asyncpg.Connection, 
 
 def _entry(history: History) -> Entry:
     (row,) = history.entries
-    postings = tuple(Posting(*each) for each in zip(row.accounts, row.amounts, row.sellers, strict=True))
-    return Entry(row.entry_id, row.kind, row.currency, row.source, postings)
+    (read,) = entries_of(row.stored)
+    postings = tuple(Posting(*each) for each in zip(read.accounts, read.amounts, read.sellers, strict=True))
+    return Entry(read.entry_id, read.kind, read.currency, read.source, postings)
 
 
 async def test_an_entry_of_an_earlier_day_is_added_to_that_day(connection: asyncpg.Connection) -> None:

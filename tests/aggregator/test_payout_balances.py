@@ -88,12 +88,12 @@ async def test_balances_are_the_fold_of_the_entries(
             payouts.append(payout_row(lsn, seller, last[seller], status="rejected", version=2, amount=amount))
             history.entries.append(entry_row(lsn, key, payout_returned_entry(seller, "usd", amount, ref_code(key))))
     await apply.apply(connection, replace(history.whole(), payouts=tuple(payouts)))
-    assert sorted(await balances(connection, None, None, None)) == naive(history.entries, None, last)
+    assert sorted(await balances(connection, None, None, None)) == naive(history.booked, None, last)
     since_us = FIRST_US + day * DAY_US
     since = EPOCH + dt.timedelta(microseconds=since_us)
-    assert sorted(await balances(connection, None, None, since)) == naive(history.entries, since_us, last)
+    assert sorted(await balances(connection, None, None, since)) == naive(history.booked, since_us, last)
     some = ["ann", "é{}, "]
-    expected = [item for item in naive(history.entries, since_us, last) if item.seller in some and item.currency == "usd"]
+    expected = [item for item in naive(history.booked, since_us, last) if item.seller in some and item.currency == "usd"]
     assert sorted(await balances(connection, "usd", some, since)) == expected
 
 

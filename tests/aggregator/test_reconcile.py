@@ -18,10 +18,10 @@ from aggregator.reconcile.ledger import spans
 from aggregator.reconcile.office import due
 from aggregator.reconcile.run import Run
 from oncepay.feed import LinkRow
-from oncepay.ledger import Entry, Posting, exchange_entries, stripe_fee_entry
+from oncepay.ledger import BalanceLink, Entry, Posting, exchange_entries, stripe_fee_entry
 from oncepay.settings import StripeSettings
 from oncepay.stripe_client import StripeGateway
-from tests.aggregator.strategies import History, entry_row
+from tests.aggregator.strategies import History, coded_rows, entry_row
 from tests.sandbox.process import KEY, StandIn, stripe_client
 
 SQL = queries.load("reconcile.sql")
@@ -52,8 +52,9 @@ def stand_in() -> Iterator[StandIn]:
 class Shop:
     """Charges at the stand-in, and the entries that the platform would have made for them."""
 
-    def __init__(self, client: StripeClient) -> None:
+    def __init__(self, client: StripeClient, *, packed: bool) -> None:
         self.client = client
+        self.packed = packed
         self.history = History("s0")
         self.intents: dict[str, tuple[str, str]] = {}
         self.began = dt.datetime.now(dt.UTC)
@@ -77,6 +78,10 @@ class Shop:
     def book(self, key: str, transaction: str, *entries: Entry, linked: bool = True) -> None:
         """The entries as they come out of a shard."""
         at_us = int(dt.datetime.now(dt.UTC).timestamp() * 1_000_000)
+        if self.packed:
+            links = [BalanceLink(transaction, entry.entry_id) for entry in entries] if linked else []
+            self.history.entries += coded_rows(self.history.commit(), key, list(entries), links, at_us)
+            return
         for entry in entries:
             lsn = self.history.commit()
             row = entry_row(lsn, key, entry, at_us)
@@ -100,10 +105,11 @@ def paid_entry(amount: int, currency: str, charge: str) -> Entry:
     return Entry(f"payment:{charge}", "payment", currency, charge, postings)
 
 
-@pytest.fixture
-async def shop(stand_in: StandIn) -> AsyncIterator[Shop]:
+@pytest.fixture(params=["packed", "apart"])
+async def shop(stand_in: StandIn, request: pytest.FixtureRequest) -> AsyncIterator[Shop]:
+    """Its entries are in rows with their links and fees, or, as earlier versions had them, each by itself."""
     async with stripe_client(stand_in.url) as client:
-        yield Shop(client)
+        yield Shop(client, packed=request.param == "packed")
 
 
 async def reconciled(shop: Shop, stand_in: StandIn, dsn: str, grace: dt.timedelta = dt.timedelta(0)) -> tuple[Found, Run]:

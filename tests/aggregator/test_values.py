@@ -21,14 +21,17 @@ ITEMS = [Item("ann", 1000)]
 
 
 def test_each_payment_once_with_its_highest_version() -> None:
-    found = rows.latest_payments(payment_row(v, "k", "created", v, ITEMS) for v in (2, 3, 1))
-    assert [(row.key, row.version) for row in found] == [("k", 3)]
+    (found,) = rows.by_payment(payment_row(v, "k", "created", v, ITEMS) for v in (2, 3, 1))
+    assert [row.version for row in found] == [1, 2, 3]
+    latest, life = rows.latest_of(found), rows.life_of(found)
+    assert (latest.key, latest.version) == ("k", 3)
+    assert (life.key, life.first_version, life.last_version) == ("k", 1, 3)
 
 
 @pytest.mark.parametrize("versions", [(1, 2), (2, 1)])
 def test_terms_come_from_whichever_row_has_them(versions: tuple[int, int]) -> None:
     made = [payment_row(v, "k", "created", v, ITEMS, terms=v == 1, failure="x" if v == 1 else "") for v in versions]
-    (latest,) = rows.latest_payments(made)
+    latest = rows.latest_of(*rows.by_payment(made))
     assert latest.version == 2
     assert parse_terms(latest.terms or "").items == tuple(ITEMS)
     columns = rows.payment_columns([latest])
@@ -49,7 +52,7 @@ def test_times_are_exact_to_the_microsecond() -> None:
 
 
 def test_empty_rows_make_empty_columns() -> None:
-    assert rows.entry_columns([]) == ([],) * 11
+    assert rows.entry_columns([]) == ([],) * 13
     assert rows.number_array([]) == rows.text_array([]) == "{}"
 
 

@@ -34,6 +34,7 @@ from loadtest.checker.model import (
     silent,
 )
 from oncepay import cart, money
+from oncepay.entry_rows import entries_of
 from tests.aggregator.strategies import History, histories
 
 TARGET = Target((ShardTarget("s0", ""), ShardTarget("s1", "")), "", "", "", wait_s=0, grace_s=60)
@@ -126,10 +127,13 @@ def test_a_part_that_was_captured_is_split_as_the_project_splits_it(captured: in
 @given(histories())
 def test_both_folds_agree(history: History) -> None:
     entries = [
-        Entry("s0", row.slot, row.key, row.entry_id, row.kind, row.currency, row.source, row.accounts, row.amounts, row.sellers,
-              row.created_at_us)
+        Entry(
+            *("s0", row.slot, row.key, read.entry_id, read.kind, read.currency, read.source),
+            *(read.accounts, read.amounts, read.sellers, row.created_at_us),
+        )
         for row in history.entries
-    ]  # fmt: skip
+        for read in entries_of(row.stored)
+    ]
     days, accounts, kinds = derived.fold(entries)
     theirs = project_fold.fold(history.entries)
     epoch = dataclasses.replace(theirs).seller_days

@@ -183,7 +183,7 @@ async def test_5_a_payment_that_was_booked_twice(world: World, before: set[Diffe
 
 async def test_6_an_entry_that_the_aggregator_lacks(world: World, before: set[Difference]) -> None:
     key = SUCCEEDED[5]
-    await world.sql("aggregator", "delete from oncepay.entries where key = $1 and kind = 'payment'", key)
+    await world.sql("aggregator", "delete from oncepay.entry_rows where key = $1 and kind = 'payment'", key)
     report = await world.verify()
     new = {(found.promise, found.key) for found in set(report.differences) - before}
     assert (6, key) in new
@@ -192,7 +192,7 @@ async def test_6_an_entry_that_the_aggregator_lacks(world: World, before: set[Di
 
 async def test_6_an_entry_that_no_shard_has(world: World, before: set[Difference]) -> None:
     statement = (
-        "insert into oncepay.entries select 'ghost', entry_id, slot, 'other', currency, source, accounts, amounts, sellers,"
+        "insert into oncepay.entry_rows select 'ghost', entry_id, slot, 'other', currency, source, accounts, amounts, sellers,"
         " created_at, shard, lsn from oncepay.entries where key = $1 and kind = 'stripe_fee'"
     )
     await world.sql("aggregator", statement, SUCCEEDED[6])
@@ -244,8 +244,8 @@ async def test_7_a_balance_transaction_without_postings(world: World, before: se
 
 async def test_7_postings_without_a_balance_transaction(world: World, before: set[Difference]) -> None:
     key = SUCCEEDED[9]
-    for where in (key, "aggregator"):
-        await world.sql(where, "delete from oncepay.balance_links where key = $1", key)
+    for where, table in ((key, "balance_links"), ("aggregator", "link_rows")):
+        await world.sql(where, f"delete from oncepay.{table} where key = $1", key)
     report = await world.verify()
     new = set(report.differences) - before
     assert {found.promise for found in new} == {7}

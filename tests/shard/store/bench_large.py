@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +49,7 @@ RATIO_MAX = 1.1
 LOADERS = 2
 AT_ONCE = 20_000
 TABLES = ("payments", "entries")
+AUXILIARY = ("autovacuum", "logical replication", "background writer", "io worker")
 
 GROW = """
 with pattern as (
@@ -129,10 +132,16 @@ class Meter:
         self._postmaster = psutil.Process(server.process.pid)
         self._session = session
 
-    def _processor_s(self) -> float:
-        """Of processes that have ended, too, such as autovacuum's workers: their parent knows it."""
-        processes = [self._postmaster, *self._postmaster.children(recursive=True)]
-        return sum(sum(process.cpu_times()[:4]) for process in processes)
+    def _processor_s(self) -> dict[str, float]:
+        """By kind of process. `ended`: those that have, such as autovacuum's workers; their parent knows it."""
+        own = self._postmaster.cpu_times()
+        found = Counter({"postmaster": own.user + own.system, "ended": own.children_user + own.children_system})
+        for process in self._postmaster.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times, name = process.cpu_times(), process.cmdline()[0].removeprefix("postgres: ")
+                kind = "session" if " " in name.strip() and not name.startswith(AUXILIARY) else name.strip()
+                found[kind] += times.user + times.system
+        return found
 
     async def _log_bytes(self) -> int:
         return int(await self._session.fetchval("select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"))
@@ -142,8 +151,15 @@ class Meter:
 
     async def per(self, count: int) -> dict[str, float]:
         began_cpu_s, began_bytes, began_s = self._began
-        cpu_s, log_bytes = self._processor_s() - began_cpu_s, await self._log_bytes() - began_bytes
-        each = {"cpu_us": cpu_s / count * 1e6, "log_bytes": log_bytes / count, "per_s": count / (time.monotonic() - began_s)}
+        now_s = self._processor_s()
+        # A worker that was there at the start and has ended since is with those that ended, whole: in the sum it isn't twice.
+        spent_s = {kind: now_s.get(kind, 0.0) - began_cpu_s.get(kind, 0.0) for kind in {*now_s, *began_cpu_s}}
+        log_bytes = await self._log_bytes() - began_bytes
+        self.by_kind = Counter({kind: round(value_s / count * 1e6, 1) for kind, value_s in spent_s.items()})
+        each = {
+            "cpu_us": sum(spent_s.values()) / count * 1e6, "log_bytes": log_bytes / count,
+            "per_s": count / (time.monotonic() - began_s),
+        }  # fmt: skip
         return {name: round(value, 1) for name, value in each.items()}
 
 
@@ -157,6 +173,7 @@ async def round_of(
     for batch in _batched(rows):
         await commit(session, [Put(row, 0, "accepted 0123456789abcdef-1") for row in batch], [])
     accept = await meter.per(count)
+    by_kind = meter.by_kind
     first = [attempted(row, number) for row, number in zip(rows, numbers, strict=False)]
     await meter.begin()
     for puts in _batched(first):
@@ -166,7 +183,8 @@ async def round_of(
         await commit(session, [], puts)
     settle = await meter.per(count)
     whole = {name: round(accept[name] + settle[name], 1) for name in ("cpu_us", "log_bytes")}
-    return {"accept": accept, "settle": settle, "payment": whole}
+    by_kind = {kind: round(by_kind[kind] + meter.by_kind[kind], 1) for kind in sorted({*by_kind, *meter.by_kind})}
+    return {"accept": accept, "settle": settle, "payment": whole, "cpu_us_by_process": by_kind}
 
 
 def _batched(rows: Sequence[Any]) -> list[Sequence[Any]]:
@@ -176,7 +194,7 @@ def _batched(rows: Sequence[Any]) -> list[Sequence[Any]]:
 def means(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Not medians: what is dearer at first is a part of what all together cost."""
     return {
-        step: {name: round(statistics.mean(each[step][name] for each in rounds), 1) for name in rounds[0][step]}
+        step: {name: round(statistics.mean(each[step].get(name, 0) for each in rounds), 1) for name in rounds[0][step]}
         for step in rounds[0]
     }
 
@@ -250,12 +268,13 @@ async def measure(options: Any) -> dict[str, Any]:
     at_first, at_last, small_mean, large_mean = large[0], large[-1], means(small), means(large)
     ratios = {
         step: {name: round(large_mean[step][name] / small_mean[step][name], 2) for name in ("cpu_us", "log_bytes")}
-        for step in small_mean
+        for step in ("accept", "settle", "payment")
     }
     return {
         "rows_added": options.rows, "rows_added_in_s": round(took_s), "small": small_mean, "large": large_mean, "ratios": ratios,
         "large_at_first": at_first, "large_at_last": at_last, "payments_a_cycle": len(large) * options.count,
         "large_rounds_cpu_us": [each["payment"]["cpu_us"] for each in large],
+        "large_rounds_by_process": [each["cpu_us_by_process"] for each in large],
         "disk_small": disk_small, "disk": disk, "shared_buffers": options.shared_buffers,
         "load_average": [round(each, 1) for each in os.getloadavg()],
     }  # fmt: skip

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oncepay.cart import Share
+from oncepay.entry_rows import EntryRow, Read, entries_of, links_of, packed
 from oncepay.keys import slot as slot_of
 from oncepay.ledger import (
     BalanceLink,
@@ -23,7 +24,6 @@ from oncepay.ledger import (
     refund_paid_entries,
     stripe_fee_entry,
 )
-from shard.store.entry_rows import EntryRow, Read, entries_of, links_of, packed
 from shard.store.migrate import migrate
 from tests.postgres_fixture import PostgresServer
 

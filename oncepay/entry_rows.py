@@ -1,4 +1,4 @@
-"""How ledger entries and their links are kept in a shard's rows, and read back.
+"""How ledger entries and their links are kept in rows (a shard's, the feed's, the aggregator's), and read back.
 
 Most of what a settled payment adds is known in one commit: the charge, its split, Stripe's fee and the balance transaction. So
 these are one row of `oncepay.entries`: its accounts coded in one letter (`_CODES`), its kind and source read off its id where
@@ -25,6 +25,8 @@ from oncepay.ledger import (
 
 FEE = "stripe_fee"
 """The kind of the entry that a row's `fee` stands for."""
+OF_SELLER, OF_PLATFORM = "P", "F"
+"""The first letters of codes that go on with a seller: its account, and the platform's fees on its behalf."""
 _CODES = {STRIPE_CLEARING: "C", STRIPE_FEES: "E", REFUNDS_HELD: "H"}
 _ACCOUNTS = {code: account for account, code in _CODES.items()}
 
@@ -124,12 +126,12 @@ def _code(posting: Posting) -> str | None:
     return _CODES.get(account)
 
 
-def _decoded(code: str) -> tuple[str, str]:
+def decoded(code: str) -> tuple[str, str]:
     """Account and seller of a code. Raises KeyError for one that a later version wrote."""
     letter, rest = code[:1], code[1:]
-    if letter == "P":
+    if letter == OF_SELLER:
         return payable(rest), rest
-    if letter == "F":
+    if letter == OF_PLATFORM:
         return PLATFORM_FEES, rest
     if letter == "X":
         return f"fx:{rest}", ""
@@ -145,7 +147,7 @@ def entries_of(row: EntryRow) -> tuple[Read, ...]:
         kind = row.entry_id
     accounts, sellers = tuple(row.accounts), row.sellers
     if sellers is None:
-        pairs = [_decoded(code) for code in accounts]
+        pairs = [decoded(code) for code in accounts]
         accounts, sellers = tuple([account for account, _ in pairs]), [seller for _, seller in pairs]
     entry = Read(row.entry_id, kind, row.currency, source, accounts, tuple(row.amounts), tuple(sellers))
     if row.fee is None:
