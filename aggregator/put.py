@@ -95,7 +95,8 @@ async def put_rows(connection: asyncpg.Connection, batch: FeedBatch, *, sum_sell
                 (_LINKS, lambda: links, encoder.links),
                 (_PAYMENTS, lambda: new, encoder.payments),
             ]
-            await _copy_behind(connection, jobs)
+            async with Copier(connection) as copier:
+                await copier.copy(jobs)
             sums = folded()
             await add_sums(connection, shard, sums)
     except (asyncpg.UniqueViolationError, _Repeated):
@@ -131,9 +132,9 @@ class Opened(NamedTuple):
         return cls(min(row.entry.created_at_us for row in postings), len(postings), max(of_each.values()))
 
 
-async def put_anew(connection: asyncpg.Connection, batch: FeedBatch, *, known_versions: bool) -> Sums:
-    """Put rows of a table that is rebuilt, whose slots were forgotten. What it returns is to be added to the sums; the
-    sellers' are made of their postings.
+async def put_anew(copier: Copier, batch: FeedBatch, *, known_versions: bool) -> Sums:
+    """Put rows of a table that is rebuilt, whose slots were forgotten; the last of them are still on their way then. What it
+    returns is to be added to the sums; the sellers' are made of their postings.
 
     `known_versions`: there is a history already, and what it has stays.
 
@@ -143,7 +144,7 @@ async def put_anew(connection: asyncpg.Connection, batch: FeedBatch, *, known_ve
     grouped = by_payment(batch.payments)
     payments, lives = [latest_of(rows) for rows in grouped], [life_of(rows, at_commit=False) for rows in grouped]
     if known_versions:
-        lives = await _unknown(connection, lives)
+        lives = await _unknown(await copier.idle(), lives)
     folded = cache(lambda: fold(entries, of_sellers=False))
     jobs: list[_Job] = [
         (_VERSIONS, lambda: lives, encoder.lives),
@@ -152,31 +153,54 @@ async def put_anew(connection: asyncpg.Connection, batch: FeedBatch, *, known_ve
         (_LINKS, lambda: links, encoder.links),
         (_PAYMENTS, lambda: payments, encoder.payments),
     ]
-    await _copy_behind(connection, jobs)
-    await _upsert_payouts(connection, batch.shard, batch.payouts)
+    await copier.copy(jobs)
+    if batch.payouts:
+        await _upsert_payouts(await copier.idle(), batch.shard, batch.payouts)
     return folded()
 
 
 # What is new
 
 
-async def _copy_behind(connection: asyncpg.Connection, jobs: Sequence[_Job]) -> None:
-    """Copy each job's rows. While Postgres works at those of one, the next ones are made and encoded.
+class Copier:
+    """Copies rows over a connection that nobody else uses meanwhile. While Postgres works at those of one table, the next ones
+    are made and encoded."""
 
-    Two shards' batches may have entries, links and payments in common: these tables come in the order of `put_rows`.
-    """
-    running: asyncio.Future[None] | None = None
-    try:
-        for table, rows, encode in jobs:
-            body = await _encoded(table, rows(), encode)
-            if running is not None:
-                await running
-            sent = asyncio.Event()
-            running = asyncio.ensure_future(_copy(connection, table, body, sent))
-            await sent.wait()  # else Postgres would wait for it while this process encodes
-    finally:
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+        self._running: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Copier:
+        return self
+
+    async def __aexit__(self, kind: object, *_: object) -> None:
+        """All is in. After an error that of the last rows is no news."""
+        try:
+            await self.idle()
+        except asyncpg.PostgresError:
+            if kind is None:
+                raise
+
+    async def idle(self) -> asyncpg.Connection:
+        """The connection, once all rows are in. Raises what Postgres says to the last ones."""
+        running, self._running = self._running, None
         if running is not None:
             await running
+        return self._connection
+
+    async def copy(self, jobs: Sequence[_Job]) -> None:
+        """Copy each job's rows; the last ones are on their way when this returns.
+
+        Two shards' batches may have entries, links and payments in common: these tables come in the order of `put_rows`.
+        """
+        for table, rows, encode in jobs:
+            body = await _encoded(table, rows(), encode)
+            if not body:
+                continue
+            await self.idle()
+            sent = asyncio.Event()
+            self._running = asyncio.ensure_future(_copy(self._connection, table, body, sent))
+            await sent.wait()  # else Postgres would wait for it while this process encodes
 
 
 async def _copy_all(connection: asyncpg.Connection, table: _Table, rows: Sequence[Any], encode: _Encode) -> None:

@@ -16,7 +16,7 @@ from aggregator import queries
 from aggregator.apply import check
 from aggregator.fold import Sums
 from aggregator.put import SQL as APPLY
-from aggregator.put import add_sums, put_anew
+from aggregator.put import Copier, add_sums, put_anew
 from oncepay.errors import MalformedBody, OncepayError
 from oncepay.feed import FEED_BYTES_MAX, FeedBatch, FeedPosition, RebuildHead, decode_batch, decode_head
 from oncepay.logs import get_logger
@@ -55,10 +55,11 @@ async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> Fe
         for name in _SUMS:
             await connection.execute(SQL[name], affected)
         rows, sums, known_versions = 0, Sums(), await connection.fetchval(SQL["any_version"])
-        async for frame in _frames(body):
-            batch = _batch(frame, head)
-            sums.add(await put_anew(connection, batch, known_versions=known_versions))
-            rows += batch.rows
+        async with Copier(connection) as copier:
+            async for frame in _frames(body):
+                batch = _batch(frame, head)
+                sums.add(await put_anew(copier, batch, known_versions=known_versions))
+                rows += batch.rows
         await add_sums(connection, shard, sums)
         await connection.execute(APPLY["sum_postings"], affected, 0)
         await connection.execute(SQL["forget_versions"], slots)

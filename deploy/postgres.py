@@ -2,6 +2,8 @@
 
     python -S -m deploy.postgres FOLDER BIN_DIR PORT DATABASE [PREFIX...]
 
+The variable ONCEPAY_AGGREGATOR_SHARED_BUFFERS says how much Postgres keeps in its own cache, for a machine that is there for it.
+
 FOLDER holds `password` (the superuser's) and `data`. PREFIX goes before every Postgres command, because these refuse
 to run as root. This process turns into the postmaster, so that the supervised pid is the postmaster's.
 """
@@ -36,6 +38,7 @@ PARAMETERS = {
     "unix_socket_directories": "",
     "listen_addresses": "127.0.0.1",
 }
+BUFFERS_ENV = "ONCEPAY_AGGREGATOR_SHARED_BUFFERS"
 HBA = "host all all 127.0.0.1/32 scram-sha-256\n"
 
 
@@ -80,7 +83,8 @@ class Instance:
         (self.data_dir / "postmaster.pid").unlink(missing_ok=True)
         if not self.data_dir.exists():
             self.make()
-        settings = [part for name, value in PARAMETERS.items() for part in ("-c", f"{name}={value}")]
+        parameters = PARAMETERS | {"shared_buffers": os.environ.get(BUFFERS_ENV) or PARAMETERS["shared_buffers"]}
+        settings = [part for name, value in parameters.items() for part in ("-c", f"{name}={value}")]
         command = self.command("postgres", "-D", str(self.data_dir), "-p", self.port, *settings)
         os.execvp(command[0], command)  # noqa: S606 - no shell is wanted
 

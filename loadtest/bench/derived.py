@@ -58,6 +58,7 @@ async def ask(running: Running, sellers: int, requests: int) -> dict[str, dict[s
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_000_000, help="how many entries (default: %(default)s)")
+    parser.add_argument("--buffers", default="4GB", help="the cache of the aggregator's Postgres (default: %(default)s)")
     parser.add_argument("--sellers", type=int, default=10_000, help="how many sellers (default: %(default)s)")
     parser.add_argument("--shards", type=int, default=1, help="how many shards' backlogs at once (default: %(default)s)")
     parser.add_argument("--apart", action="store_true", help="each entry and link in a row of its own, as in earlier versions")
@@ -71,7 +72,9 @@ def options() -> argparse.Namespace:
 def main() -> int:
     asked = options()
     shape = Shape(asked.entries, asked.sellers, asked.shards, asked.versions, asked.apart)
-    with cluster("bench-derived", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator") as running:
+    with cluster(
+        "bench-derived", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator", aggregator_buffers=asked.buffers
+    ) as running:
         applied = asyncio.run(apply_all(running, shape))
         loaded = machine()
         answers = asyncio.run(ask(running, asked.sellers, asked.requests))

@@ -89,6 +89,7 @@ async def rebuild(running: Running, shape: Shape) -> dict[str, Any]:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_000_000, help="how many entries (default: %(default)s)")
+    parser.add_argument("--buffers", default="4GB", help="the cache of the aggregator's Postgres (default: %(default)s)")
     parser.add_argument("--sellers", type=int, default=100_000, help="how many sellers (default: %(default)s)")
     parser.add_argument("--apart", action="store_true", help="each entry and link in a row of its own, as in earlier versions")
     parser.add_argument("--times", type=int, default=1, help="how often (default: %(default)s)")
@@ -99,7 +100,9 @@ def options() -> argparse.Namespace:
 def main() -> int:
     asked = options()
     shape = Shape(asked.entries, asked.sellers, versions=1, apart=asked.apart)
-    with cluster("bench-rebuilt", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator") as running:
+    with cluster(
+        "bench-rebuilt", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator", aggregator_buffers=asked.buffers
+    ) as running:
         found = [asyncio.run(rebuild(running, shape)) for _ in range(asked.times)]
         answers = asyncio.run(ask(running, asked.sellers, asked.requests))
     print(json.dumps({"shape": shape._asdict(), "rebuilds": found, "answers": answers}, indent=2))

@@ -115,10 +115,13 @@ async def reconcile(running: Running, count: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transactions", type=int, default=1_000_000, help="how many (default: %(default)s)")
+    parser.add_argument("--buffers", default="4GB", help="the cache of the aggregator's Postgres (default: %(default)s)")
     parser.add_argument("--sellers", type=int, default=10_000, help="of how many sellers (default: %(default)s)")
     asked = parser.parse_args()
     shape = Shape(asked.transactions * 2, asked.sellers, versions=1)
-    with cluster("bench-reconciled", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator") as running:
+    with cluster(
+        "bench-reconciled", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator", aggregator_buffers=asked.buffers
+    ) as running:
         rebuilt = asyncio.run(rebuild(running, shape))
         state = running.home / "bench-stripe"
         with stand_in(running, state):
