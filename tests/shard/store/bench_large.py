@@ -22,7 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,7 +135,8 @@ class Meter:
     def _processor_s(self) -> dict[str, float]:
         """By kind of process. `ended`: those that have, such as autovacuum's workers; their parent knows it."""
         own = self._postmaster.cpu_times()
-        found = Counter({"postmaster": own.user + own.system, "ended": own.children_user + own.children_system})
+        found: defaultdict[str, float] = defaultdict(float)
+        found |= {"postmaster": own.user + own.system, "ended": own.children_user + own.children_system}
         for process in self._postmaster.children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 times, name = process.cpu_times(), process.cmdline()[0].removeprefix("postgres: ")
@@ -155,7 +156,7 @@ class Meter:
         # A worker that was there at the start and has ended since is with those that ended, whole: in the sum it isn't twice.
         spent_s = {kind: now_s.get(kind, 0.0) - began_cpu_s.get(kind, 0.0) for kind in {*now_s, *began_cpu_s}}
         log_bytes = await self._log_bytes() - began_bytes
-        self.by_kind = Counter({kind: round(value_s / count * 1e6, 1) for kind, value_s in spent_s.items()})
+        self.by_kind = {kind: round(value_s / count * 1e6, 1) for kind, value_s in spent_s.items()}
         each = {
             "cpu_us": sum(spent_s.values()) / count * 1e6, "log_bytes": log_bytes / count,
             "per_s": count / (time.monotonic() - began_s),
@@ -183,7 +184,8 @@ async def round_of(
         await commit(session, [], puts)
     settle = await meter.per(count)
     whole = {name: round(accept[name] + settle[name], 1) for name in ("cpu_us", "log_bytes")}
-    by_kind = {kind: round(by_kind[kind] + meter.by_kind[kind], 1) for kind in sorted({*by_kind, *meter.by_kind})}
+    kinds = sorted({*by_kind, *meter.by_kind})
+    by_kind = {kind: round(by_kind.get(kind, 0.0) + meter.by_kind.get(kind, 0.0), 1) for kind in kinds}
     return {"accept": accept, "settle": settle, "payment": whole, "cpu_us_by_process": by_kind}
 
 
