@@ -152,8 +152,8 @@ async def test_4_another_amount_than_stripe_took(world: World, before: set[Diffe
 async def test_5_an_entry_that_does_not_sum_to_zero(world: World, before: set[Difference]) -> None:
     key = SUCCEEDED[2]
     await world.sql(key, "alter table oncepay.entries drop constraint entries_balance")
-    for where in (key, "aggregator"):
-        statement = "update oncepay.entries set amounts[1] = amounts[1] + 1 where key = $1 and kind = 'payment'"
+    for where, table in ((key, "entries"), ("aggregator", "entry_rows")):
+        statement = f"update oncepay.{table} set amounts[1] = amounts[1] + 1 where key = $1 and kind = 'payment'"
         await world.sql(where, statement, key)
     report = await world.verify()
     new = {(found.promise, found.key) for found in set(report.differences) - before}
