@@ -132,19 +132,15 @@ class Opened(NamedTuple):
         return cls(min(row.entry.created_at_us for row in postings), len(postings), max(of_each.values()))
 
 
-async def put_anew(copier: Copier, batch: FeedBatch, *, known_versions: bool) -> Sums:
-    """Put rows of a table that is rebuilt, whose slots were forgotten; the last of them are still on their way then. What it
-    returns is to be added to the sums; the sellers' are made of their postings.
+async def put_anew(copier: Copier, batch: FeedBatch) -> Sums:
+    """Put rows of a shard's tables, where nothing is yet or where they are staged; the last of them are still on their way then.
+    What it returns is to be added to the sums; the sellers' are made of their postings.
 
-    `known_versions`: there is a history already, and what it has stays.
-
-    Raises UniqueViolationError when the body of a rebuild brings a row twice.
+    Raises UniqueViolationError when a row comes twice and isn't staged.
     """
     encoder, entries, links = _Encoder(batch.shard), sorted_entries(batch.entries), sorted_links(batch.links)
     grouped = by_payment(batch.payments)
     payments, lives = [latest_of(rows) for rows in grouped], [life_of(rows, at_commit=False) for rows in grouped]
-    if known_versions:
-        lives = await _unknown(await copier.idle(), lives)
     folded = cache(lambda: fold(entries, of_sellers=False))
     jobs: list[_Job] = [
         (_VERSIONS, lambda: lives, encoder.lives),
@@ -164,10 +160,11 @@ async def put_anew(copier: Copier, batch: FeedBatch, *, known_versions: bool) ->
 
 class Copier:
     """Copies rows over a connection that nobody else uses meanwhile. While Postgres works at those of one table, the next ones
-    are made and encoded."""
+    are made and encoded. With `staged` they go to the tables of a rebuild (`stage_rebuild`)."""
 
-    def __init__(self, connection: asyncpg.Connection) -> None:
+    def __init__(self, connection: asyncpg.Connection, *, staged: bool = False) -> None:
         self._connection = connection
+        self._staged = staged
         self._running: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Copier:
@@ -199,7 +196,7 @@ class Copier:
                 continue
             await self.idle()
             sent = asyncio.Event()
-            self._running = asyncio.ensure_future(_copy(self._connection, table, body, sent))
+            self._running = asyncio.ensure_future(_copy(self._connection, table, body, sent, staged=self._staged))
             await sent.wait()  # else Postgres would wait for it while this process encodes
 
 
@@ -217,7 +214,9 @@ async def _encoded(table: _Table, rows: Sequence[Any], encode: _Encode) -> list[
     return parts
 
 
-async def _copy(connection: asyncpg.Connection, table: _Table, parts: list[bytes], sent: asyncio.Event) -> None:
+async def _copy(
+    connection: asyncpg.Connection, table: _Table, parts: list[bytes], sent: asyncio.Event, *, staged: bool = False
+) -> None:
     """Copy encoded rows. `sent` is set when Postgres has been given them, or nothing more comes of it."""
 
     async def body() -> AsyncIterator[bytes]:
@@ -226,9 +225,8 @@ async def _copy(connection: asyncpg.Connection, table: _Table, parts: list[bytes
 
     try:
         if parts:
-            await connection.copy_to_table(
-                table.name, schema_name="oncepay", source=body(), columns=table.columns, format="binary"
-            )
+            schema, name = ("pg_temp", f"staged_{table.name}") if staged else ("oncepay", table.name)
+            await connection.copy_to_table(name, schema_name=schema, source=body(), columns=table.columns, format="binary")
     finally:
         sent.set()
 
@@ -376,13 +374,6 @@ async def _insert_entries(connection: asyncpg.Connection, shard: str, rows: Sequ
 async def _insert_links(connection: asyncpg.Connection, shard: str, rows: Sequence[LinkRow]) -> None:
     if rows:
         await connection.execute(SQL["insert_links"], shard, *link_columns(rows))
-
-
-async def _unknown(connection: asyncpg.Connection, lives: Sequence[Life]) -> list[Life]:
-    """Those whose last version the history doesn't have."""
-    columns = text_array(life.key for life in lives), number_array(life.last_version for life in lives)
-    known = {tuple(row) for row in await connection.fetch(SQL["known_versions"], *columns)}
-    return [life for life in lives if (life.key, life.last_version) not in known]
 
 
 async def _upsert_payments(connection: asyncpg.Connection, shard: str, rows: Sequence[PaymentRow]) -> None:

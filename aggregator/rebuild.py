@@ -49,22 +49,27 @@ async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> Fe
     slots = _multirange(head.slots)
     async with connection.transaction():
         await _lock(connection, head)
-        affected = [row[0] for row in await connection.fetch(SQL["forget_slots"], shard, slots)]
+        staged = await connection.fetchval(SQL["any_rows"], slots)
+        affected = [row[0] for row in await connection.fetch(SQL["forget_sums"], shard, slots)]
         await connection.execute(SQL["forget_payouts"], slots)
         await connection.execute(APPLY["sum_in_memory"])
         for name in _SUMS:
-            await connection.execute(SQL[name], affected)
-        rows, sums, known_versions = 0, Sums(), await connection.fetchval(SQL["any_version"])
-        async with Copier(connection) as copier:
+            await connection.execute(SQL[name], affected, slots)
+        if staged:
+            await connection.execute(SQL["stage"])
+        rows, sums = 0, Sums()
+        async with Copier(connection, staged=staged) as copier:
             async for frame in _frames(body):
                 batch = _batch(frame, head)
-                sums.add(await put_anew(copier, batch, known_versions=known_versions))
+                sums.add(await put_anew(copier, batch))
                 rows += batch.rows
+        changed = dict(await connection.fetch(SQL["take"], slots, head.lsn)) if staged else {}
+        await connection.execute(SQL["settle_postings"], affected, shard, head.lsn)
         await add_sums(connection, shard, sums)
         await connection.execute(APPLY["sum_postings"], affected, 0)
         await connection.execute(SQL["forget_versions"], slots)
         await connection.execute(SQL["set_watermark"], shard, head.incarnation, head.epoch, head.lsn)
-    _log.info("shard rebuilt", shard=shard, rows=rows, lsn=head.lsn, sums_of=affected)
+    _log.info("shard rebuilt", shard=shard, rows=rows, changed=changed, lsn=head.lsn, sums_of=affected)
     return FeedPosition(head.lsn, head.incarnation, head.epoch)
 
 

@@ -85,12 +85,6 @@ update oncepay.payments p set items = u.items, platform_fee = u.fee
 from unnest($1::text::text[], $2::text::text[], $3::text::bigint[]) u (key, items, fee)
 where p.key = u.key and p.items is null and u.items is not null
 
--- name: known_versions
--- Which of these versions the history has already.
-select u.key, u.version
-from unnest($1::text::text[], $2::text::bigint[]) u (key, version)
-where exists (select from oncepay.payment_history h where h.key = u.key and h.version = u.version)
-
 -- name: add_sums
 with of_sellers as (
     insert into oncepay.seller_days as d (seller, currency, day, shard, payments, gross, refunded, disputed, fees, net)

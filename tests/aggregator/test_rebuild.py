@@ -157,3 +157,28 @@ async def test_history_keeps_what_was_known_and_forgets_what_never_was(connectio
     await rebuilt(connection, "s0", body(again, epoch=3))
     rows = await connection.fetch("select version, lsn::text from oncepay.payment_history where key = 'k' order by 1")
     assert [tuple(row) for row in rows] == [(1, "0/44C"), (2, None)]
+
+
+async def test_no_page_goes_through_all_of_the_history(aggregator_dsn: str, connection: asyncpg.Connection) -> None:
+    """Else a rebuild takes a time by the square of how much there is."""
+    known, pages, lsn = 20_000, 30, 1_000
+    owner = await asyncpg.connect(aggregator_dsn)
+    await empty(owner)
+    await owner.execute(
+        "insert into oncepay.payment_versions (key, slot, first_version, last_version, versions, shard)"
+        " select 'k-' || n, 1, 1, 2, '[[1,\"accepted\",null,null,0,1],[2,\"succeeded\",null,null,0,2]]', 's0'"
+        f" from generate_series(1, {known}) n"
+    )
+    await owner.execute("vacuum analyze oncepay.payment_versions")
+    row = paid("s0", "k").payments[-1]
+    data = framed(encode_head(RebuildHead("s0", "one", 2, lsn, ALL)))
+    for page in range(pages):
+        rows = tuple(replace(row, lsn=lsn, key=f"k-{page * 10 + n}", slot=1, version=2) for n in range(10))
+        data += framed(encode_batch(FeedBatch("s0", "one", 2, 0, lsn, rows)))
+    await rebuilt(connection, "s0", data + REBUILD_END)
+    await connection.execute("select pg_stat_force_next_flush()")
+    await connection.fetchval("select 1")
+    read = await owner.fetchval("select seq_tup_read from pg_stat_user_tables where relname = 'payment_versions'")
+    assert 0 < read < 10 * known
+    assert await owner.fetchval("select count(*) from oncepay.payment_versions") == pages * 10  # k-0 is new
+    await owner.close()
