@@ -49,8 +49,8 @@ async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> Fe
     slots = _multirange(head.slots)
     async with connection.transaction():
         await _lock(connection, head)
-        staged = await connection.fetchval(SQL["any_rows"], slots)
         affected = [row[0] for row in await connection.fetch(SQL["forget_sums"], shard, slots)]
+        staged = await connection.fetchval(SQL["any_rows"], slots)  # the others that brought some wait by now
         await connection.execute(SQL["forget_payouts"], slots)
         await connection.execute(APPLY["sum_in_memory"])
         for name in _SUMS:

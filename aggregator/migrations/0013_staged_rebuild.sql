@@ -4,7 +4,7 @@
 -- What stays of a rebuild's sums is made again by its caller; returns the shards whose sums are forgotten: the rebuilt one, and those
 -- that had brought entries of its slots. Their batches wait from here on.
 create function oncepay.forget_sums(p_shard text, p_slots int4multirange) returns setof text
-    language plpgsql volatile security definer set search_path = pg_catalog as $$
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     affected text[];
 begin
@@ -21,9 +21,9 @@ begin
 end $$;
 
 -- Makes the tables that a rebuild's rows come to, `pg_temp.staged_…`. They are the owner's, so that nobody can put something else in
--- their place, and gone at the transaction's end.
+-- their place, and gone at the transaction's end. `pg_temp` is last in these functions' paths: else it would be the first.
 create function oncepay.stage_rebuild() returns void
-    language plpgsql volatile security definer set search_path = pg_catalog as $$
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     of_table text;
 begin
@@ -37,7 +37,7 @@ end $$;
 -- Makes the rows of p_table in the slots those that are staged, and returns how many were written or deleted. `p_key` names one
 -- row. A row stays when all is equal but its position, and that one isn't past p_lsn. Raises unique_violation for a row staged twice.
 create function oncepay.take_staged(p_table text, p_key text[], p_slots int4multirange, p_lsn pg_lsn) returns bigint
-    language plpgsql volatile security definer set search_path = pg_catalog as $$
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     columns text;
     content text;
@@ -49,7 +49,7 @@ begin
     select string_agg(quote_ident(attname), ', ' order by attnum),
            string_agg('x.' || quote_ident(attname), ', ' order by attnum) filter (where attname <> 'lsn' and attname <> all (p_key))
     into columns, content
-    from pg_attribute
+    from pg_catalog.pg_attribute
     where attrelid = format('oncepay.%I', p_table)::regclass and attnum > 0 and not attisdropped;
     execute format('analyze pg_temp.%I', 'staged_' || p_table);
     truncate pg_temp.staged_changes;
@@ -83,11 +83,10 @@ begin
     return gone + come;
 end $$;
 
--- Takes over all that is staged of the slots, as at p_lsn. Returns, for each table, how many rows were written or
--- deleted.
+-- Takes over all that is staged of the slots, as at p_lsn. Returns, for each table, how many rows were written or deleted.
 create function oncepay.take_rebuild(p_slots int4multirange, p_lsn pg_lsn)
     returns table (of_table text, changed bigint)
-    language plpgsql volatile security definer set search_path = pg_catalog as $$
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
     return query
     select t.name, oncepay.take_staged(t.name, t.key, p_slots, p_lsn)
@@ -118,7 +117,7 @@ end $$;
 
 -- Postings that a rebuild leaves where they are, but whose positions are of a log that the shard no longer has.
 create function oncepay.settle_postings(p_shards text[], p_shard text, p_lsn pg_lsn) returns void
-    language plpgsql volatile security definer set search_path = pg_catalog as $$
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
     update oncepay.seller_postings set lsn = '0/0' where shard = p_shard and lsn > p_lsn;
     -- As in 0012, of postings that had no shard yet.

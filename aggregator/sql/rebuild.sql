@@ -5,8 +5,10 @@ select oncepay.forget_sums($1, $2)
 
 -- name: any_rows
 -- Whether there is anything of these slots.
-select exists (select from oncepay.payments where slot <@ $1::int4multirange) or exists (select from oncepay.entry_rows where slot <@ $1::int4multirange)
-    or exists (select from oncepay.link_rows where slot <@ $1::int4multirange) or exists (select from oncepay.seller_postings where slot <@ $1::int4multirange)
+select exists (select from oncepay.payments where slot <@ $1::int4multirange)
+    or exists (select from oncepay.entry_rows where slot <@ $1::int4multirange)
+    or exists (select from oncepay.link_rows where slot <@ $1::int4multirange)
+    or exists (select from oncepay.seller_postings where slot <@ $1::int4multirange)
     or exists (select from oncepay.payment_versions where slot <@ $1::int4multirange)
     or exists (select from oncepay.payment_history_rows where slot <@ $1::int4multirange)
 

@@ -185,11 +185,12 @@ def batches(shape: Shape, shard: int = 0) -> Iterator[FeedBatch]:
         )  # fmt: skip
 
 
-def processor_s(running: Running) -> dict[str, float]:
-    """Processor time that the aggregator and its Postgres have used so far. Other work on the machine hardly changes it."""
+def processor_s(running: Running, *others: str) -> dict[str, float]:
+    """Processor time that the aggregator, its Postgres and the processes `others` have used so far. Other work on the machine
+    hardly changes it."""
     pids = {each["name"]: each["pid"] for each in running.status["processes"]}
     found = {}
-    for name in ("aggregator", "aggregator-db"):
+    for name in ("aggregator", "aggregator-db", *others):
         process = psutil.Process(pids[name])
         own = process.cpu_times()
         children = [each.cpu_times() for each in process.children(recursive=True)]

@@ -17,11 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import asyncpg
-import psutil
-
-from loadtest.bench.accept import superuser_dsn
-from loadtest.bench.growth import grow
+from loadtest.bench.accept import rows, superuser_dsn
+from loadtest.bench.backlog import processor_s
+from loadtest.bench.growth import grow, log_end
 from loadtest.bench.own_cluster import Running, cluster, machine, oncepay
 from loadtest.bench.rebuilt import ENTRIES_OF_MAX, SECONDS_MAX
 from loadtest.bench.settle import round_of
@@ -33,38 +31,14 @@ BROUGHT_S = 3_600.0
 """How long the feed may take for all rows."""
 
 
-async def _asked(dsn: str, question: str) -> Any:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return await connection.fetchval(question)
-    finally:
-        await connection.close()
-
-
 def booked(running: Running) -> int:
     """How many entries the aggregator has, as they were booked."""
-    return int(asyncio.run(_asked(running.settings.aggregator_dsn, "select count(*) + count(fee) from oncepay.entry_rows")))
-
-
-def processor_s(running: Running) -> dict[str, float]:
-    """Processor time so far: of the shard's worker and its leader's Postgres, of the aggregator and of its Postgres."""
-    status = running.status
-    leader = status["shards"][0]["leader"]
-    found = {}
-    for each in status["processes"]:
-        name = each["name"]
-        if name in ("aggregator", "aggregator-db", leader) or name.startswith("worker"):
-            process = psutil.Process(each["pid"])
-            own = process.cpu_times()
-            children = [child.cpu_times() for child in process.children(recursive=True)]
-            ended = own.children_user + own.children_system
-            found[name] = ended + sum(times.user + times.system for times in [own, *children])
-    return found
+    return asyncio.run(rows(running.settings.aggregator_dsn, "oncepay.entries"))
 
 
 def brought(running: Running, dsn: str) -> float:
     """Wait until the aggregator has all that the shard has; how many seconds it took."""
-    end = parse_lsn(asyncio.run(_asked(dsn, "select pg_current_wal_lsn()::text")))
+    end = asyncio.run(log_end(dsn))
     began_s = time.monotonic()
     while time.monotonic() - began_s < BROUGHT_S:
         [feed] = oncepay(running.environment, "aggregator", "status")[1]["feeds"]
@@ -76,14 +50,15 @@ def brought(running: Running, dsn: str) -> float:
 
 def rebuild(running: Running) -> dict[str, Any]:
     """Run the command once, and see that all is there afterwards."""
-    before, spent, began_s = booked(running), processor_s(running), time.monotonic()
+    workers = [each["name"] for each in running.status["processes"] if each["name"].startswith("worker")]
+    before, spent, began_s = booked(running), processor_s(running, *workers), time.monotonic()
     code, answer = oncepay(running.environment, "aggregator", "rebuild")
     seconds = time.monotonic() - began_s
     if code:
         raise SystemExit(f"the rebuild failed: {answer}")
     if booked(running) != before:
         raise SystemExit(f"{before:,} entries before, {booked(running):,} after")
-    used = {name: now_s - spent[name] for name, now_s in processor_s(running).items() if name in spent}
+    used = {name: now_s - spent[name] for name, now_s in processor_s(running, *workers).items()}
     return {
         "entries": before,
         "seconds": round(seconds, 1),

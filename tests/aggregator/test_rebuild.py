@@ -182,3 +182,65 @@ async def test_no_page_goes_through_all_of_the_history(aggregator_dsn: str, conn
     assert 0 < read < 10 * known
     assert await owner.fetchval("select count(*) from oncepay.payment_versions") == pages * 10  # k-0 is new
     await owner.close()
+
+
+WRONG = {
+    "an entry is gone": "delete from oncepay.entry_rows where key = 'k1'",
+    "an entry that never was": "insert into oncepay.entry_rows"
+    " select 'x', entry_id, slot, kind, currency, source, accounts, amounts, sellers,"
+    " created_at, shard, lsn, balance_transaction, fee from oncepay.entry_rows where key = 'k1'",
+    "other amounts": "update oncepay.entry_rows set amounts = array_reverse(amounts) where key = 'k1'",
+    "a posting is gone": "delete from oncepay.seller_postings where key = 'k1'",
+    "a posting twice": "insert into oncepay.seller_postings select * from oncepay.seller_postings where key = 'k1'",
+    "another posting": "update oncepay.seller_postings set amount = amount + 1, debit = null where key = 'k1'",
+    "an old payment": "update oncepay.payments set status = 'created', version = 1, payment_intent = null where key = 'k1'",
+    "a payment is gone": "delete from oncepay.payments where key = 'k1'",
+    "a link that never was": "insert into oncepay.link_rows select 'txn', key, entry_id, slot, created_at, shard, lsn"
+    " from oncepay.entry_rows where key = 'k1'",
+    "a position of another log": "update oncepay.entry_rows set lsn = '9/0' where key = 'k1'",
+    "all is right": "select 1",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_what_is_wrong_is_written_and_nothing_else(aggregator_dsn: str, connection: asyncpg.Connection, wrong: str) -> None:
+    history = History("s0")
+    for key in ("k1", "k2", "k3"):
+        one = paid("s0", key)
+        history.payments += [replace(row, lsn=row.lsn + history.lsn) for row in one.payments]
+        history.entries += [replace(row, lsn=row.lsn + history.lsn) for row in one.entries]
+        history.lsn += one.lsn
+    owner = await asyncpg.connect(aggregator_dsn)
+    await apply.apply(connection, history.whole())
+    right, places = await held(connection), await _places(owner)
+    await owner.execute(WRONG[wrong])
+    if wrong not in ("all is right", "a posting twice", "a position of another log"):
+        assert await held(connection) != right
+    await rebuilt(connection, "s0", body(history))
+    assert await held(connection) == right == expected([history])
+    assert not await owner.fetchval("select count(*) from oncepay.entry_rows where lsn > $1", history.lsn)
+    assert await owner.fetchval("select count(*) from oncepay.seller_postings") == len(right["postings"])
+    if wrong != "a posting twice":  # no key says which one is too many: all are made anew
+        written = {key for _, key, _ in places - await _places(owner)}
+        assert written <= (set() if wrong == "all is right" else {"k1"})
+    await owner.close()
+
+
+async def _places(owner: asyncpg.Connection) -> set[tuple[str, str, str]]:
+    """Where each row stands: another place is another row, for Postgres."""
+    found = set()
+    for table in ("entry_rows", "seller_postings", "link_rows", "payments", "payment_versions"):
+        found |= {(table, *row) for row in await owner.fetch(f"select key, ctid::text || xmin::text from oncepay.{table}")}
+    return found
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_body_with_an_entry_twice_changes_nothing(connection: asyncpg.Connection, there: bool) -> None:
+    history = paid()
+    if there:
+        await apply.apply(connection, history.whole())
+    before = await held(connection)
+    history.entries *= 2
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await rebuilt(connection, "s0", body(history))
+    assert await held(connection) == before
