@@ -83,17 +83,6 @@ class Sums:
     kinds: dict[tuple[str, str], KindTotal] = field(default_factory=dict)
     postings: list[SellerPosting] = field(default_factory=list, compare=False)
 
-    def add(self, other: Sums) -> None:
-        """What `other` has of accounts and kinds; the sellers' sums are made of the postings."""
-        for account, total in other.accounts.items():
-            _add(self.accounts, account, total.debit, total.credit)
-        for of_day, total in other.account_days.items():
-            _add(self.account_days, of_day, total.debit, total.credit)
-        for name, of_kind in other.kinds.items():
-            kind = self.kinds.setdefault(name, KindTotal())
-            kind.entries += of_kind.entries
-            kind.amount += of_kind.amount
-
 
 @lru_cache(maxsize=4096)
 def _day(number: int) -> dt.date:

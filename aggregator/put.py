@@ -37,7 +37,7 @@ from aggregator.rows import (
     text_array,
 )
 from oncepay.entry_rows import FEE
-from oncepay.feed import EntryRow, FeedBatch, LinkRow, PaymentRow, PayoutRow
+from oncepay.feed import COPIED, EntryRow, FeedBatch, LinkRow, PaymentRow, PayoutRow
 from oncepay.logs import get_logger
 
 SQL = queries.load("apply.sql")
@@ -61,17 +61,11 @@ class _Table(NamedTuple):
 
 _ENTRY = ("key", "entry_id", "kind", "currency", "slot", "created_at", "lsn")
 """What an entry and its postings have in common, as `_Encoder` makes it once for both."""
-_ENTRIES = _Table("entry_rows", ("shard", *_ENTRY, "source", "accounts", "amounts", "sellers", "balance_transaction", "fee"))
+_ENTRIES = _Table("entry_rows", COPIED["entry_rows"])
 _POSTINGS = _Table("seller_postings", ("shard", *_ENTRY, "seller", "amount", "total", "fee", "named", "debit", "credit"))
-_LINKS = _Table("link_rows", ("shard", "balance_transaction", "key", "entry_id", "slot", "created_at", "lsn"))
-_VERSIONS = _Table("payment_versions", ("shard", "key", "slot", "first_version", "last_version", "versions"))
-_PAYMENTS = _Table(
-    "payments",
-    (
-        *("shard", "key", "slot", "version", "amount", "amount_captured", "amount_refunded", "created_at", "updated_at", "lsn"),
-        *("status", "buyer", "currency", "payment_intent", "items", "platform_fee", "failure"),
-    ),
-)
+_LINKS = _Table("link_rows", COPIED["link_rows"])
+_VERSIONS = _Table("payment_versions", COPIED["payment_versions"])
+_PAYMENTS = _Table("payments", COPIED["payments"])
 
 
 async def put_rows(connection: asyncpg.Connection, batch: FeedBatch, *, sum_sellers: bool = True) -> Opened:
@@ -132,27 +126,25 @@ class Opened(NamedTuple):
         return cls(min(row.entry.created_at_us for row in postings), len(postings), max(of_each.values()))
 
 
-async def put_anew(copier: Copier, batch: FeedBatch) -> Sums:
+async def put_anew(copier: Copier, batch: FeedBatch, *, versions: bool) -> None:
     """Put rows of a shard's tables, where nothing is yet or where they are staged; the last of them are still on their way then.
-    What it returns is to be added to the sums; the sellers' are made of their postings.
+    With `versions` each payment's is kept as its history. Postings and sums are left to be made of the rows.
 
     Raises UniqueViolationError when a row comes twice and isn't staged.
     """
     encoder, entries, links = _Encoder(batch.shard), sorted_entries(batch.entries), sorted_links(batch.links)
     grouped = by_payment(batch.payments)
-    payments, lives = [latest_of(rows) for rows in grouped], [life_of(rows, at_commit=False) for rows in grouped]
-    folded = cache(lambda: fold(entries, of_sellers=False))
+    payments = [latest_of(rows) for rows in grouped]
+    lives = [life_of(rows, at_commit=False) for rows in grouped] if versions else []
     jobs: list[_Job] = [
         (_VERSIONS, lambda: lives, encoder.lives),
         (_ENTRIES, lambda: entries, encoder.entries),
-        (_POSTINGS, lambda: _sorted_postings(folded()), encoder.postings),
         (_LINKS, lambda: links, encoder.links),
         (_PAYMENTS, lambda: payments, encoder.payments),
     ]
     await copier.copy(jobs)
     if batch.payouts:
         await _upsert_payouts(await copier.idle(), batch.shard, batch.payouts)
-    return folded()
 
 
 # What is new
@@ -160,11 +152,12 @@ async def put_anew(copier: Copier, batch: FeedBatch) -> Sums:
 
 class Copier:
     """Copies rows over a connection that nobody else uses meanwhile. While Postgres works at those of one table, the next ones
-    are made and encoded. With `staged` they go to the tables of a rebuild (`stage_rebuild`)."""
+    are made and encoded. With `staged` they go to the tables of a rebuild (`stage_rebuild`). `rows` is how many went to which."""
 
     def __init__(self, connection: asyncpg.Connection, *, staged: bool = False) -> None:
         self._connection = connection
         self._staged = staged
+        self.rows: Counter[str] = Counter()
         self._running: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Copier:
@@ -196,8 +189,16 @@ class Copier:
                 continue
             await self.idle()
             sent = asyncio.Event()
-            self._running = asyncio.ensure_future(_copy(self._connection, table, body, sent, staged=self._staged))
+            self._running = asyncio.ensure_future(self._copy(table, body, sent))
             await sent.wait()  # else Postgres would wait for it while this process encodes
+
+    async def take(self, table: str, parts: AsyncIterator[bytes]) -> None:
+        """Copy what COPY wrote elsewhere for a table of `COPIED`. Raises what `parts` raises, and what Postgres says to them."""
+        connection = await self.idle()
+        self.rows[table] += await _copy_in(connection, table, COPIED[table], parts, staged=self._staged)
+
+    async def _copy(self, table: _Table, body: list[bytes], sent: asyncio.Event) -> None:
+        self.rows[table.name] += await _copy(self._connection, table, body, sent, staged=self._staged)
 
 
 async def _copy_all(connection: asyncpg.Connection, table: _Table, rows: Sequence[Any], encode: _Encode) -> None:
@@ -216,19 +217,25 @@ async def _encoded(table: _Table, rows: Sequence[Any], encode: _Encode) -> list[
 
 async def _copy(
     connection: asyncpg.Connection, table: _Table, parts: list[bytes], sent: asyncio.Event, *, staged: bool = False
-) -> None:
-    """Copy encoded rows. `sent` is set when Postgres has been given them, or nothing more comes of it."""
+) -> int:
+    """Copy encoded rows; how many. `sent` is set when Postgres has been given them, or nothing more comes of it."""
 
     async def body() -> AsyncIterator[bytes]:
         yield b"".join((copying.HEADER, *parts, copying.TRAILER))
         sent.set()
 
     try:
-        if parts:
-            schema, name = ("pg_temp", f"staged_{table.name}") if staged else ("oncepay", table.name)
-            await connection.copy_to_table(name, schema_name=schema, source=body(), columns=table.columns, format="binary")
+        return await _copy_in(connection, table.name, table.columns, body(), staged=staged) if parts else 0
     finally:
         sent.set()
+
+
+async def _copy_in(
+    connection: asyncpg.Connection, name: str, columns: Sequence[str], body: AsyncIterator[bytes], *, staged: bool
+) -> int:
+    schema, name = ("pg_temp", f"staged_{name}") if staged else ("oncepay", name)
+    told = await connection.copy_to_table(name, schema_name=schema, source=body, columns=columns, format="binary")
+    return int(told.removeprefix("COPY "))
 
 
 def _sorted_postings(sums: Sums) -> list[SellerPosting]:

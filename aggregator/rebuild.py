@@ -1,7 +1,8 @@
 """Replacing what is derived from one shard by what its tables hold, in one transaction: readers see the old, then the new.
 
-The body is a stream of frames: a head, batches of rows, and an empty frame once the worker knows that all of it is on the
-shard's quorum. Nothing is committed without that frame.
+The body is a stream of frames: a head, batches of rows, what the shard's Postgres copied out of other tables, and an empty frame
+once the worker knows that all of it is on the shard's quorum. Nothing is committed without that frame. Postings and sums are made
+of the rows in the database, once they are there.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import msgspec
 
 from aggregator import queries
 from aggregator.apply import check
-from aggregator.fold import Sums
 from aggregator.put import SQL as APPLY
-from aggregator.put import Copier, add_sums, put_anew
+from aggregator.put import Copier, put_anew
 from oncepay.errors import MalformedBody, OncepayError
-from oncepay.feed import FEED_BYTES_MAX, FeedBatch, FeedPosition, RebuildHead, decode_batch, decode_head
+from oncepay.feed import COPIED, COPY_TAG, FEED_BYTES_MAX, FeedBatch, FeedPosition, RebuildHead, decode_batch, decode_head
 from oncepay.logs import get_logger
 
 SQL = queries.load("rebuild.sql")
-_SUMS = ("sum_account_totals", "sum_account_days", "sum_kinds")
+_CHECKED = ("entry_rows", "link_rows", "payments", "payment_versions")
+_SUMS = ("sum_account_days", "sum_account_totals", "sum_kinds")
 
 _log = get_logger("rebuild")
 
@@ -47,30 +48,73 @@ async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> Fe
     """
     head = _head(await _frame(body), shard)
     slots = _multirange(head.slots)
-    async with connection.transaction():
-        await _lock(connection, head)
-        affected = [row[0] for row in await connection.fetch(SQL["forget_sums"], shard, slots)]
-        staged = await connection.fetchval(SQL["any_rows"], slots)  # the others that brought some wait by now
-        await connection.execute(SQL["forget_payouts"], slots)
-        await connection.execute(APPLY["sum_in_memory"])
-        for name in _SUMS:
-            await connection.execute(SQL[name], affected, slots)
-        if staged:
-            await connection.execute(SQL["stage"])
-        rows, sums = 0, Sums()
-        async with Copier(connection, staged=staged) as copier:
-            async for frame in _frames(body):
-                batch = _batch(frame, head)
-                sums.add(await put_anew(copier, batch))
-                rows += batch.rows
-        changed = dict(await connection.fetch(SQL["take"], slots, head.lsn)) if staged else {}
-        await connection.execute(SQL["settle_postings"], affected, shard, head.lsn)
-        await add_sums(connection, shard, sums)
-        await connection.execute(APPLY["sum_postings"], affected, 0)
-        await connection.execute(SQL["forget_versions"], slots)
-        await connection.execute(SQL["set_watermark"], shard, head.incarnation, head.epoch, head.lsn)
-    _log.info("shard rebuilt", shard=shard, rows=rows, changed=changed, lsn=head.lsn, sums_of=affected)
+    try:
+        async with connection.transaction():
+            changed = await _replace(connection, head, slots, body)
+    except asyncpg.DataError as error:
+        raise MalformedBody(f"the rebuild's rows can't be taken: {error}") from error
+    _log.info("shard rebuilt", shard=shard, lsn=head.lsn, **changed)
     return FeedPosition(head.lsn, head.incarnation, head.epoch)
+
+
+async def _replace(
+    connection: asyncpg.Connection, head: RebuildHead, slots: list[asyncpg.Range], body: Reads
+) -> dict[str, object]:
+    """Do it; what is to be said of it."""
+    await _lock(connection, head)
+    affected = [row[0] for row in await connection.fetch(SQL["forget_sums"], head.shard, slots)]
+    staged = await connection.fetchval(SQL["any_rows"], slots)  # the others that brought some wait by now
+    await connection.execute(SQL["forget_payouts"], slots)
+    await connection.execute(APPLY["sum_in_memory"])
+    if staged:
+        await connection.execute(SQL["stage"])
+    async with Copier(connection, staged=staged) as copier:
+        await _bring(copier, head, body)
+    of_each = [copier.rows[table] for table in _CHECKED]
+    await connection.execute(SQL["check"], staged, head.shard, slots, head.lsn, of_each)
+    await connection.execute(SQL["derive_postings"], staged, slots)
+    changed = dict(await connection.fetch(SQL["take"], slots, head.lsn)) if staged else {}
+    await connection.execute(SQL["settle_postings"], affected, head.shard, head.lsn)
+    await _sum(connection, affected)
+    await connection.execute(SQL["forget_versions"], slots)
+    await connection.execute(SQL["set_watermark"], head.shard, head.incarnation, head.epoch, head.lsn)
+    return {"rows": copier.rows.total(), "changed": changed, "sums_of": affected}
+
+
+async def _bring(copier: Copier, head: RebuildHead, body: Reads) -> None:
+    """All rows of the body, up to its end."""
+    versions = "payment_versions" not in head.copied
+    while frame := await _frame(body):
+        if frame[0] == COPY_TAG:
+            await copier.take(_copied(frame, head), _parts(frame, body))
+        else:
+            await put_anew(copier, _batch(frame, head), versions=versions)
+
+
+def _copied(frame: bytes, head: RebuildHead) -> str:
+    if len(frame) < 2 or frame[1] >= len(head.copied):
+        raise MalformedBody("a frame is of no table that the rebuild's head names")
+    return head.copied[frame[1]]
+
+
+async def _parts(frame: bytes, body: Reads) -> AsyncIterator[bytes]:
+    """What one COPY wrote, from its first frame on."""
+    tag = frame[:2]
+    while len(frame) > 2:
+        yield frame[2:]
+        frame = await _frame(body)
+        if frame[:2] != tag:
+            raise MalformedBody("a table's copy was cut off by something else")
+
+
+async def _sum(connection: asyncpg.Connection, affected: list[str]) -> None:
+    """Make the sums of these shards' rows, which were forgotten."""
+    try:
+        for name in _SUMS:
+            await connection.execute(SQL[name], affected)
+    except asyncpg.NotNullViolationError as error:
+        raise MalformedBody("an account has a code that this version doesn't know: upgrade the aggregator first") from error
+    await connection.execute(APPLY["sum_postings"], affected, 0)
 
 
 async def _lock(connection: asyncpg.Connection, head: RebuildHead) -> None:
@@ -78,12 +122,6 @@ async def _lock(connection: asyncpg.Connection, head: RebuildHead) -> None:
     known = await connection.fetchrow(APPLY["lock_watermark"], head.shard)
     if known is not None and known["epoch"] > head.epoch:
         raise EpochEnded(f"epoch {head.epoch} of shard {head.shard} is over: {known['epoch']} is known")
-
-
-async def _frames(body: Reads) -> AsyncIterator[bytes]:
-    """All frames up to the empty one."""
-    while frame := await _frame(body):
-        yield frame
 
 
 async def _frame(body: Reads) -> bytes:
@@ -105,6 +143,10 @@ def _head(frame: bytes, shard: str) -> RebuildHead:
         raise MalformedBody(f"the rebuild's head is not of shard {shard}, or names no position")
     if not all(0 <= first <= last <= 65_535 for first, last in head.slots):
         raise MalformedBody(f"these are no slots: {head.slots}")
+    if unknown := [table for table in head.copied if table not in COPIED]:
+        raise MalformedBody(
+            f"tables come copied that this version doesn't know: {', '.join(unknown)}; upgrade the aggregator first"
+        )
     return head
 
 

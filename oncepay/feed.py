@@ -168,7 +168,8 @@ class FeedPosition(msgspec.Struct, frozen=True):
 class RebuildHead(msgspec.Struct, array_like=True, frozen=True):
     """How a rebuild of a shard's derived data begins: all that the shard's tables hold at `lsn` follows.
 
-    `slots` are the ranges (first, last) that the shard owned then: what is derived of these is replaced.
+    `slots` are the ranges (first, last) that the shard owned then: what is derived of these is replaced. `copied` are the tables
+    whose rows come as Postgres copies them (`COPIED`); of payments those that are unusual come in batches all the same.
     """
 
     shard: str
@@ -176,6 +177,30 @@ class RebuildHead(msgspec.Struct, array_like=True, frozen=True):
     epoch: int
     lsn: int
     slots: tuple[tuple[int, int], ...]
+    copied: tuple[str, ...] = ()
+
+
+_ENTRY_ROWS = "shard key entry_id kind currency slot created_at lsn source accounts amounts sellers balance_transaction fee"
+_PAYMENTS = (
+    "shard key slot version amount amount_captured amount_refunded created_at updated_at lsn status buyer currency payment_intent"
+    " items platform_fee failure"
+)
+COPIED: dict[str, tuple[str, ...]] = {
+    "payments": tuple(_PAYMENTS.split()),
+    "entry_rows": tuple(_ENTRY_ROWS.split()),
+    "link_rows": ("shard", "balance_transaction", "key", "entry_id", "slot", "created_at", "lsn"),
+    "payment_versions": ("shard", "key", "slot", "first_version", "last_version", "versions"),
+}
+"""Tables of the aggregator whose rows a shard's Postgres can write as they are, and their columns in its order."""
+
+COPY_TAG = 0xC1
+"""The first byte of a frame with a part of what Postgres' COPY wrote; a batch never begins with it (msgpack doesn't use it)."""
+
+
+def encode_copy(table: int, part: bytes = b"") -> bytes:
+    """A part of what COPY (binary) wrote for `RebuildHead.copied[table]`, as a frame without its length. An empty one comes after
+    the last part; another COPY for the same table may follow."""
+    return bytes((COPY_TAG, table)) + part
 
 
 _batch_encoder = msgspec.msgpack.Encoder()

@@ -86,8 +86,10 @@ where (coalesce(t.debit, 0), coalesce(t.credit, 0)) <> (coalesce(d.debit, 0), co
 select w.shard, w.incarnation, w.epoch, w.lsn, w.applied_at from oncepay.watermarks w order by w.shard
 
 -- name: sizes
--- About how many rows the tables have, as the last analyze knew.
-select case c.relname when 'entry_rows' then 'entries' when 'link_rows' then 'balance_links' else c.relname end as name, greatest(c.reltuples, 0)::bigint as rows
+-- How many entries were booked, and about how many rows two tables have, as the last analyze knew.
+select 'entries' as name, coalesce(sum(entries), 0)::bigint as rows from oncepay.kind_totals
+union all
+select c.relname, greatest(c.reltuples, 0)::bigint
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
-where n.nspname = 'oncepay' and c.relkind = 'r' and c.relname in ('entry_rows', 'payments', 'link_rows', 'seller_postings')
+where n.nspname = 'oncepay' and c.relkind = 'r' and c.relname in ('payments', 'seller_postings')
 order by 1

@@ -27,30 +27,55 @@ select oncepay.forget_payouts($1)
 -- name: forget_versions
 select oncepay.forget_versions($1)
 
--- name: sum_account_totals
--- As `fold` (fold.py) does it, of the entries that the shards $1, whose sums were forgotten, have outside of the slots $2; so are the
--- next two. The sellers' sums are made of their postings (`sum_postings`).
-insert into oncepay.account_totals (account, currency, shard, debit, credit)
-select p.account, e.currency, e.shard, sum(greatest(p.amount, 0)), sum(greatest(-p.amount, 0))
-from oncepay.entries e cross join lateral unnest(e.accounts, e.amounts) p (account, amount)
-where e.shard = any ($1::text[]) and not e.slot <@ $2::int4multirange and p.account not like 'seller:%:payable'
-group by p.account, e.currency, e.shard
+-- name: check
+select oncepay.check_rebuild($1, $2, $3, $4, $5)
+
+-- name: derive_postings
+select oncepay.derive_postings($1, $2)
 
 -- name: sum_account_days
+-- As `fold` (fold.py) does it, of all entries that the shards $1 have, whose sums were forgotten; the next two make theirs of these. The
+-- sellers' sums are made of their postings (`sum_postings`). An account is null when its code isn't known.
 insert into oncepay.account_days (account, currency, day, kind, shard, debit, credit)
-select case when p.account like 'seller:%:payable' then 'seller:*:payable' else p.account end, e.currency,
-       (e.created_at at time zone 'UTC')::date, e.kind, e.shard, sum(greatest(p.amount, 0)), sum(greatest(-p.amount, 0))
-from oncepay.entries e cross join lateral unnest(e.accounts, e.amounts) p (account, amount)
-where e.shard = any ($1::text[]) and not e.slot <@ $2::int4multirange
-group by 1, 2, 3, 4, 5
+select account, currency, day, kind, shard, sum(debit), sum(credit)
+from (
+    select case when e.sellers is not null then case when p.account like 'seller:%:payable' then 'seller:*:payable' else p.account end
+                when left(p.account, 1) = 'P' then 'seller:*:payable'
+                else oncepay.decoded_account(p.account) end as account,
+           e.currency, (e.created_at at time zone 'UTC')::date as day, e.kind, e.shard, greatest(p.amount, 0) as debit,
+           greatest(-p.amount, 0) as credit
+    from oncepay.entry_rows e cross join lateral unnest(e.accounts, e.amounts) p (account, amount)
+    where e.shard = any ($1::text[])
+    union all
+    select a.account, e.currency, (e.created_at at time zone 'UTC')::date, 'stripe_fee', e.shard, greatest(a.amount, 0),
+           greatest(-a.amount, 0)
+    from oncepay.entry_rows e
+    cross join lateral (values ('stripe:fees', e.fee), ('stripe:clearing', -e.fee)) a (account, amount)
+    where e.shard = any ($1::text[]) and e.fee is not null) p
+group by account, currency, day, kind, shard
+
+-- name: sum_account_totals
+insert into oncepay.account_totals (account, currency, shard, debit, credit)
+select account, currency, shard, sum(debit), sum(credit)
+from oncepay.account_days
+where shard = any ($1::text[]) and account <> 'seller:*:payable'
+group by account, currency, shard
 
 -- name: sum_kinds
 insert into oncepay.kind_totals (kind, currency, shard, entries, amount)
-select e.kind, e.currency, e.shard, count(*),
-       sum((select coalesce(sum(a.amount), 0) from unnest(e.amounts) a (amount) where a.amount > 0))
-from oncepay.entries e
-where e.shard = any ($1::text[]) and not e.slot <@ $2::int4multirange
-group by e.kind, e.currency, e.shard
+select kind, currency, shard, n.entries, a.amount
+from (
+    select kind, currency, shard, sum(entries) as entries
+    from (
+        select kind, currency, shard, count(*) as entries
+        from oncepay.entry_rows where shard = any ($1::text[]) group by kind, currency, shard
+        union all
+        select 'stripe_fee', currency, shard, count(*)
+        from oncepay.entry_rows where shard = any ($1::text[]) and fee is not null group by currency, shard) e
+    group by kind, currency, shard) n
+join (
+    select kind, currency, shard, sum(debit) as amount
+    from oncepay.account_days where shard = any ($1::text[]) group by kind, currency, shard) a using (kind, currency, shard)
 
 -- name: set_watermark
 insert into oncepay.watermarks (shard, incarnation, epoch, lsn) values ($1, $2, $3, $4)

@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 
 from oncepay.errors import OncepayError, ShardUnavailable
-from oncepay.feed import REBUILD_END, FeedPosition, encode_batch, encode_head, framed, lsn_text
+from oncepay.feed import REBUILD_END, FeedPosition, framed, lsn_text
 from oncepay.logs import get_logger
 from oncepay.settings import Settings
 from shard.worker import metrics
@@ -105,10 +105,9 @@ class Resnapshot:
         return position
 
     async def _body(self, snapshot: Snapshot) -> AsyncIterator[bytes]:
-        yield framed(encode_head(snapshot.head))
-        async for batch in snapshot.batches():
-            yield framed(encode_batch(batch))
-            self.progress.rows += batch.rows
+        async for part in snapshot.parts():
+            yield framed(part.frame)
+            self.progress.rows += part.rows
         async with asyncio.timeout(FENCE_S):
             place = await self._feed.fence()
         if (place.host, place.port, place.timeline) != (snapshot.node.host, snapshot.node.port, snapshot.timeline):

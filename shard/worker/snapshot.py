@@ -6,24 +6,45 @@ that committed before the slot's consistent point.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
 from oncepay.errors import ShardUnavailable
-from oncepay.feed import FeedBatch, LinkRow, PaymentRow, PayoutRow, RebuildHead, lsn_text, parse_lsn
+from oncepay.feed import (
+    FeedBatch,
+    PaymentRow,
+    PayoutRow,
+    RebuildHead,
+    encode_batch,
+    encode_copy,
+    encode_head,
+    lsn_text,
+    parse_lsn,
+)
 from oncepay.logs import get_logger
 from oncepay.settings import Settings
 from shard.store.leader import Node
 from shard.worker.errors import StandDown, WrongNode
 from shard.worker.replication import ReplicationConnection
 from shard.worker.stream import ROLE, SLOT
-from shard.worker.transactions import entry_row
 
 PAGE_ROWS = 2_000
+COPIED = {
+    "payments": "oncepay.payments",
+    "entry_rows": "oncepay.entries",
+    "link_rows": "oncepay.balance_links",
+    "payment_versions": "oncepay.payments",
+}
+"""Which of the shard's tables the aggregator's are copied from."""
+PIECE_BLOCKS = 1_024
+"""A table is copied by so many of its blocks at a time: then progress is known."""
+PARTS_AHEAD = 8
+"""So many parts of a copy are read ahead of what the aggregator takes."""
 SLOT_S = 60.0
 """How long making a slot may take: it waits for all transactions that were running when it began."""
 
@@ -43,6 +64,13 @@ def _statements() -> dict[str, str]:
 SQL = _statements()
 
 
+class Part(NamedTuple):
+    """A frame of a rebuild's body, and how many rows end with it."""
+
+    frame: bytes
+    rows: int = 0
+
+
 class Snapshot:
     """All that `node` held at `head.lsn`. `expected` is about how many rows there are, for showing progress."""
 
@@ -53,29 +81,55 @@ class Snapshot:
         self.expected = expected
         self._session = session
 
-    async def batches(self) -> AsyncIterator[FeedBatch]:
-        """Everything, in batches of PAGE_ROWS rows. Raises ShardUnavailable."""
+    async def parts(self) -> AsyncIterator[Part]:
+        """A rebuild's body, but for its end. Raises ShardUnavailable."""
         lsn = self.head.lsn
+        yield Part(encode_head(self.head))
         try:
-            async for page in self._pages("payments"):
+            async for page in self._pages("unusual_payments"):
                 yield self._batch(payments=tuple(_payment(lsn, row) for row in page))
-            async for page in self._pages("entries"):
-                yield self._batch(entries=tuple(entry_row(lsn, row["created_at"] // 1000, row) for row in page))
-            async for page in self._pages("links"):
-                yield self._batch(links=tuple(_link(lsn, row) for row in page))
+            for number, name in enumerate(self.head.copied):
+                async for part in self._copied(number, name):
+                    yield part
             async for page in self._pages("payouts"):
                 yield self._batch(payouts=tuple(_payout(lsn, row) for row in page))
         except _FAILURES as error:
             raise ShardUnavailable(f"the shard's tables can't be read: {error!r}") from error
+
+    async def _copied(self, number: int, name: str) -> AsyncIterator[Part]:
+        """A table as COPY writes it, piece by piece."""
+        blocks = await self._session.fetchval(SQL["blocks"], COPIED[name])
+        for first in range(0, blocks, PIECE_BLOCKS):
+            piece = f"e.ctid >= '({first},0)' and e.ctid < '({first + PIECE_BLOCKS},0)'"
+            parts: asyncio.Queue[bytes] = asyncio.Queue(PARTS_AHEAD)
+            query = SQL[name].replace("{part}", piece).replace("{lsn}", lsn_text(self.head.lsn))
+            copying = asyncio.create_task(self._copy(query, parts))
+            try:
+                while part := await parts.get():
+                    yield Part(encode_copy(number, part))
+                yield Part(encode_copy(number), await copying)
+            finally:
+                copying.cancel()
+
+    async def _copy(self, query: str, parts: asyncio.Queue[bytes]) -> int:
+        """Put what COPY writes into `parts`, and an empty one at the end, or after what went wrong; how many rows."""
+        try:
+            told = await self._session.copy_from_query(query, self.head.shard, output=parts.put, format="binary")
+        except Exception:
+            await parts.put(b"")
+            raise
+        await parts.put(b"")
+        return int(told.removeprefix("COPY "))
 
     async def _pages(self, table: str) -> AsyncIterator[Sequence[Any]]:
         cursor = await self._session.cursor(SQL[table])
         while page := await cursor.fetch(PAGE_ROWS):
             yield page
 
-    def _batch(self, **rows: Any) -> FeedBatch:
+    def _batch(self, **rows: Any) -> Part:
         head = self.head
-        return FeedBatch(head.shard, head.incarnation, head.epoch, 0, head.lsn, **rows)
+        batch = FeedBatch(head.shard, head.incarnation, head.epoch, 0, head.lsn, **rows)
+        return Part(encode_batch(batch), batch.rows)
 
 
 _FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
@@ -111,7 +165,7 @@ async def open_snapshot(
                 await session.execute("set local enable_seqscan = on")
                 slots = tuple((row[0], row[1]) for row in await session.fetch(SQL["ranges"]))
                 expected = int(await session.fetchval(SQL["expected"]))
-                head = RebuildHead(shard, incarnation, epoch, parse_lsn(point), slots)
+                head = RebuildHead(shard, incarnation, epoch, parse_lsn(point), slots, tuple(COPIED))
                 _log.info("snapshot taken", node=node.name, lsn=lsn_text(head.lsn), slots=slots, expected=expected)
                 yield Snapshot(head, node, int(timeline), expected, session)
         finally:
@@ -151,10 +205,6 @@ async def _revive_slot(maker: ReplicationConnection) -> None:
 
 def _payment(lsn: int, row: Sequence[Any]) -> PaymentRow:
     return PaymentRow(lsn, row[13] // 1000, *row)
-
-
-def _link(lsn: int, row: Sequence[Any]) -> LinkRow:
-    return LinkRow(lsn, row[4] // 1000, *row)
 
 
 def _payout(lsn: int, row: Sequence[Any]) -> PayoutRow:

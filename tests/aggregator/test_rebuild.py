@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import asyncpg
 import pytest
@@ -10,10 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from aggregator import apply
+from aggregator import apply, copying
+from aggregator.copying import Fields
+from aggregator.fold import fold
+from aggregator.put import _Encoder
 from aggregator.rebuild import EpochEnded, rebuild
+from aggregator.rows import life_of
 from oncepay.errors import MalformedBody
-from oncepay.feed import REBUILD_END, FeedBatch, PaymentRow, RebuildHead, encode_batch, encode_head, framed
+from oncepay.feed import (
+    COPIED,
+    REBUILD_END,
+    EntryRow,
+    FeedBatch,
+    PaymentRow,
+    RebuildHead,
+    encode_batch,
+    encode_copy,
+    encode_head,
+    framed,
+)
 from tests.aggregator.database import empty, expected, held
 from tests.aggregator.strategies import History, histories
 from tests.aggregator.test_apply import REAL, paid
@@ -22,8 +38,16 @@ pytestmark = pytest.mark.cluster
 ALL = ((0, 65_535),)
 
 
-def body(history: History, *, epoch: int = 2, slots: tuple[tuple[int, int], ...] = ALL, end: bytes = REBUILD_END) -> bytes:
-    """What a worker sends of a shard's tables at the history's end: each payment as it is then, all entries and links."""
+def body(
+    history: History,
+    *,
+    epoch: int = 2,
+    slots: tuple[tuple[int, int], ...] = ALL,
+    end: bytes = REBUILD_END,
+    copied: bool = True,
+) -> bytes:
+    """What a worker sends of a shard's tables at the history's end: each payment as it is then, all entries and links. Without
+    `copied` as workers of earlier versions do it."""
     lsn = history.lsn
     latest: dict[str, PaymentRow] = {}
     for row in history.payments:
@@ -32,9 +56,31 @@ def body(history: History, *, epoch: int = 2, slots: tuple[tuple[int, int], ...]
         latest[row.key] = replace(row, lsn=lsn, terms=terms, progress=row.progress or (known.progress if known else None))
     entries = tuple(replace(row, lsn=lsn) for row in history.entries)
     links = tuple(replace(row, lsn=lsn) for row in history.links)
-    whole = FeedBatch(history.shard, history.incarnation, epoch, 0, lsn, tuple(latest.values()), entries, links)
-    head = RebuildHead(history.shard, history.incarnation, epoch, lsn, slots)
-    return framed(encode_head(head)) + framed(encode_batch(whole)) + end
+    payments = tuple(latest.values())
+    head = RebuildHead(history.shard, history.incarnation, epoch, lsn, slots, tuple(COPIED) if copied else ())
+    usual = [row for row in payments if copied and (row.terms or "").startswith("[")]
+    others = tuple(row for row in payments if row not in usual)
+    whole = FeedBatch(history.shard, history.incarnation, epoch, 0, lsn, others, *(() if copied else (entries, links)))
+    rows = framed(encode_batch(whole))
+    if copied:
+        encoder = _Encoder(history.shard)
+        rows += (
+            copy("payments", encoder.payments(usual))
+            + copy("entry_rows", encoder.entries(entries))
+            + copy("link_rows", encoder.links(links))
+        )
+        rows += copy("payment_versions", encoder.lives([life_of([row], at_commit=False) for row in payments]))
+    return framed(encode_head(head)) + rows + end
+
+
+def copy(table: str, columns: list[Fields], *, tear: int = 0) -> bytes:
+    """A COPY's frames: as many parts as there may be, torn wherever; `tear` bytes are missing."""
+    shard, *others = columns
+    written = copying.HEADER + copying.rows(len(COPIED[table]), others, shard[0]) + copying.TRAILER
+    written = written[: len(written) - tear]
+    number = list(COPIED).index(table)
+    parts = [written[first : first + 100] for first in range(0, len(written), 100)]
+    return b"".join(framed(encode_copy(number, part)) for part in (*parts, b""))
 
 
 async def rebuilt(connection: asyncpg.Connection, shard: str, data: bytes) -> None:
@@ -59,7 +105,7 @@ async def test_a_rebuild_is_the_fold_whatever_was_there(
     keys = {row.key for row in other.payments} | {row.key for row in other.entries}
     foreign = {apply_slot(key) for key in keys}
     slots = tuple((first, last) for first, last in _without(foreign))
-    await rebuilt(connection, "s0", body(history, slots=slots))
+    await rebuilt(connection, "s0", body(history, slots=slots, copied=data.draw(st.booleans(), label="copied")))
     assert await held(connection) == expected([history, other])
 
 
@@ -184,6 +230,86 @@ async def test_no_page_goes_through_all_of_the_history(aggregator_dsn: str, conn
     await owner.close()
 
 
+FOREIGN: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another shard's": ("s7", {}, "0 are of shard s0"),
+    "another slot's": ("s0", {"slot": 3}, "0 are of shard s0"),
+    "another position's": ("s0", {"lsn": 5}, "0 are of shard s0"),
+    "an unknown account": ("s0", {"accounts": ("C", "Z"), "amounts": (1, -1), "sellers": None}, "upgrade the aggregator"),
+}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("what", FOREIGN)
+async def test_rows_that_no_rebuild_may_bring_change_nothing(connection: asyncpg.Connection, what: str, there: bool) -> None:
+    history, (shard, changes, told) = paid(), FOREIGN[what]
+    if there:
+        await apply.apply(connection, history.whole())
+    before = await held(connection)
+    [row] = history.entries
+    head = RebuildHead("s0", "i1", 2, history.lsn, ((row.slot, row.slot),), tuple(COPIED))
+    rows = copy("entry_rows", _Encoder(shard).entries([replace(row, **{"lsn": history.lsn, **changes})]))
+    with pytest.raises(MalformedBody, match=told):
+        await rebuilt(connection, "s0", framed(encode_head(head)) + rows + REBUILD_END)
+    assert await held(connection) == before
+
+
+@pytest.mark.parametrize(
+    ("frames", "told"),
+    [
+        (copy("link_rows", [[copying.text("s0")], [copying.text("txn")]]), "can't be taken"),
+        (copy("link_rows", [[copying.text("s0")], [copying.text("txn")]], tear=2), "can't be taken"),
+        (framed(encode_copy(2, b"rows, in a way")) + framed(encode_copy(2)), "can't be taken"),
+        (framed(encode_copy(9, copying.HEADER)), "no table"),
+        (framed(encode_copy(0)[:1]), "no table"),
+        (framed(encode_copy(0, copying.HEADER)) + framed(encode_copy(1, copying.HEADER)), "cut off by something else"),
+        (framed(encode_copy(0, copying.HEADER)), "cut off by something else"),
+    ],
+)
+async def test_a_copy_that_is_none_changes_nothing(connection: asyncpg.Connection, frames: bytes, told: str) -> None:
+    history = paid()
+    await apply.apply(connection, history.whole())
+    before = await held(connection)
+    head = framed(encode_head(RebuildHead("s0", "i1", 2, history.lsn, ALL, tuple(COPIED))))
+    with pytest.raises(MalformedBody, match=told):
+        await rebuilt(connection, "s0", head + frames + REBUILD_END)
+    assert await held(connection) == before
+
+
+async def test_tables_of_a_later_version_are_refused(connection: asyncpg.Connection) -> None:
+    head = framed(encode_head(RebuildHead("s0", "i1", 2, 1000, ALL, ("entry_rows", "of_later"))))
+    with pytest.raises(MalformedBody, match="of_later; upgrade the aggregator"):
+        await rebuilt(connection, "s0", head + REBUILD_END)
+
+
+ACCOUNTS = [*(f"seller:{name}:payable" for name in ("ann", "bob", "platform")), "platform:fees", "stripe:clearing", "fx:eur"]
+CODES = ["C", "E", "H", "Xeur", "F", "Fann", "Fbob", "Fplatform", "Pann", "Pbob"]
+AMOUNT = st.integers(-(1 << 40), 1 << 40)
+LINES = st.lists(st.tuples(st.sampled_from(ACCOUNTS), AMOUNT, st.sampled_from(["", "ann", "bob", "platform"])), max_size=6)
+CODED = st.lists(st.tuples(st.sampled_from(CODES), AMOUNT, st.none()), max_size=6)
+
+
+@REAL
+@given(lines=LINES | CODED)
+async def test_postings_are_made_as_the_fold_makes_them(
+    connection: asyncpg.Connection, aggregator_dsn: str, lines: list[tuple[str, int, str | None]]
+) -> None:
+    """Whatever there is, in whatever order and as often as may be."""
+    accounts, amounts, sellers = ([line[n] for line in lines] for n in range(3))
+    coded = None in sellers
+    row = EntryRow(1, 0, 1, "k", "e:1", "e", "usd", "1", tuple(accounts), tuple(amounts), None if coded else tuple(sellers), 0)  # type: ignore[arg-type]
+    owner = await asyncpg.connect(aggregator_dsn)
+    try:
+        if coded:
+            made = await owner.fetch("select * from oncepay.coded_postings_of($1, $2)", accounts, amounts)
+        else:
+            made = await owner.fetch("select * from oncepay.postings_of($1, $2, $3)", accounts, amounts, sellers)
+    finally:
+        await owner.close()
+    wanted = {(p.seller, p.amount, p.total, p.fee, p.debit, p.credit, p.named) for p in fold([row]).postings}
+    assert {tuple(each) for each in made} == wanted
+    assert len(made) == len(wanted)
+
+
 WRONG = {
     "an entry is gone": "delete from oncepay.entry_rows where key = 'k1'",
     "an entry that never was": "insert into oncepay.entry_rows"
@@ -197,18 +323,25 @@ WRONG = {
     "a payment is gone": "delete from oncepay.payments where key = 'k1'",
     "a link that never was": "insert into oncepay.link_rows select 'txn', key, entry_id, slot, created_at, shard, lsn"
     " from oncepay.entry_rows where key = 'k1'",
+    "two payments' times exchanged": "update oncepay.payments p set created_at = o.created_at, updated_at = o.updated_at"
+    " from oncepay.payments o where (p.key, o.key) in (('k1', 'k4'), ('k4', 'k1'))",
     "a position of another log": "update oncepay.entry_rows set lsn = '9/0' where key = 'k1'",
     "all is right": "select 1",
 }
 
 
+WRITTEN: dict[str, set[str]] = {"all is right": set(), "two payments' times exchanged": {"k1", "k4"}}
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 async def test_what_is_wrong_is_written_and_nothing_else(aggregator_dsn: str, connection: asyncpg.Connection, wrong: str) -> None:
     history = History("s0")
-    for key in ("k1", "k2", "k3"):
-        one = paid("s0", key)
-        history.payments += [replace(row, lsn=row.lsn + history.lsn) for row in one.payments]
-        history.entries += [replace(row, lsn=row.lsn + history.lsn) for row in one.entries]
+    for n, key in enumerate(("k1", "k2", "k3", "k4")):
+        one, slot = paid("s0", key), 1 if key == "k3" else 2
+        history.payments += [
+            replace(row, lsn=row.lsn + history.lsn, slot=slot, created_at_us=row.created_at_us + n) for row in one.payments
+        ]
+        history.entries += [replace(row, lsn=row.lsn + history.lsn, slot=slot) for row in one.entries]
         history.lsn += one.lsn
     owner = await asyncpg.connect(aggregator_dsn)
     await apply.apply(connection, history.whole())
@@ -222,7 +355,7 @@ async def test_what_is_wrong_is_written_and_nothing_else(aggregator_dsn: str, co
     assert await owner.fetchval("select count(*) from oncepay.seller_postings") == len(right["postings"])
     if wrong != "a posting twice":  # no key says which one is too many: all are made anew
         written = {key for _, key, _ in places - await _places(owner)}
-        assert written <= (set() if wrong == "all is right" else {"k1"})
+        assert written <= WRITTEN.get(wrong, {"k1"})
     await owner.close()
 
 

@@ -33,7 +33,7 @@ def test_the_status_of_a_cluster(cluster: Cluster, home: None) -> None:
         found = run("status")
     assert {feed["shard"] for feed in found["feeds"]} == names
     assert all(feed["behind_bytes"] is not None for feed in found["feeds"])
-    assert set(found["rows"]) == {"entries", "payments", "balance_links", "seller_postings"}
+    assert set(found["rows"]) == {"entries", "payments", "seller_postings"}
     assert found["audit"]["differences"] == []
 
 

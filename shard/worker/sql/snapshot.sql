@@ -9,21 +9,53 @@ select coalesce(sum(greatest(reltuples, 0)), 0)::bigint from pg_class
 where oid in ('oncepay.payments'::regclass, 'oncepay.entries'::regclass, 'oncepay.balance_links'::regclass,
               'oncepay.payouts'::regclass)
 
--- name: payments
+-- name: unusual_payments
+-- Those that `payments` leaves out: rows of earlier versions, and terms whose shares don't follow from their items.
 select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, coalesce(agreed, terms::text),
        coalesce(course, progress::text),
        (extract(epoch from created_at) * 1000000)::bigint, (extract(epoch from updated_at) * 1000000)::bigint,
        (extract(epoch from expires_at) * 1000000)::bigint, open_work, event, actor
-from oncepay.payments p where exists (select from oncepay.ranges r where p.slot between r.first and r.last)
+from oncepay.payments p
+where (coalesce(agreed, '{') like '{%' or coalesce(course, '{') like '{%')
+    and exists (select from oncepay.ranges r where p.slot between r.first and r.last)
 
--- name: entries
-select slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, balance_transaction, fee,
-       (extract(epoch from created_at) * 1000000)::bigint as created_at
-from oncepay.entries e where exists (select from oncepay.ranges r where e.slot between r.first and r.last)
+-- name: blocks
+select pg_relation_size($1::text::regclass) / current_setting('block_size')::bigint
 
--- name: links
-select slot, key, entry_id, balance_transaction, (extract(epoch from created_at) * 1000000)::bigint
-from oncepay.balance_links l where exists (select from oncepay.ranges r where l.slot between r.first and r.last)
+-- name: payments
+-- This and the next ones are as COPY writes them: the columns of `oncepay.feed.COPIED`. Which part of the table, and the position, are put
+-- in. The short arrays of terms and progress are `oncepay.payment_text`'s; their texts are JSON already, and stay as they are.
+select $1::text, e.key, e.slot, e.version, e.amount, e.amount_captured, e.amount_refunded, e.created_at, e.updated_at, '{lsn}'::pg_lsn,
+       e.status, e.buyer, e.currency, e.intent,
+       (select '[' || string_agg(
+            '{"seller":' || (i -> 0)::text || ',"amount":' || (i -> 1)::text
+                || case when (i -> 2)::text <> '1' then ',"quantity":' || (i -> 2)::text else '' end
+                || case when (i -> 3)::text <> '""' then ',"description":' || (i -> 3)::text else '' end || '}', ',' order by n) || ']'
+        from json_array_elements(e.agreed::json -> 0) with ordinality l (i, n)),
+       (select coalesce(sum(fee::bigint), 0)::bigint from json_array_elements_text(e.agreed::json -> 1) f (fee)),
+       nullif((e.course::json -> 6)::text, 'null')
+from oncepay.payments e
+where e.agreed like '[%' and e.course like '[%' and {part}
+    and exists (select from oncepay.ranges r where e.slot between r.first and r.last)
+
+-- name: entry_rows
+-- The kind is where `oncepay.entry_rows` keeps it.
+select $1::text, e.key, e.entry_id,
+       coalesce(e.kind, case when e.source is not null then e.entry_id else split_part(e.entry_id, ':', 1) end), e.currency, e.slot,
+       e.created_at, '{lsn}'::pg_lsn, e.source, e.accounts, e.amounts, e.sellers, e.balance_transaction, e.fee
+from oncepay.entries e where {part} and exists (select from oncepay.ranges r where e.slot between r.first and r.last)
+
+-- name: link_rows
+select $1::text, e.balance_transaction, e.key, e.entry_id, e.slot, e.created_at, '{lsn}'::pg_lsn
+from oncepay.balance_links e where {part} and exists (select from oncepay.ranges r where e.slot between r.first and r.last)
+
+-- name: payment_versions
+-- A payment's last version, as the aggregator keeps history: [version, status, event, actor, committed at (ms since 1970), position].
+select $1::text, e.key, e.slot, e.version, e.version,
+       '[[' || e.version || ',' || to_json(e.status)::text || ',' || to_json(e.event)::text || ',' || to_json(e.actor)::text || ','
+       || (extract(epoch from e.updated_at) * 1000000)::bigint / 1000 || ',null]]'
+from oncepay.payments e
+where {part} and exists (select from oncepay.ranges r where e.slot between r.first and r.last)
 
 -- name: payouts
 select slot, key, seller, currency, sequence, status, version, amount, payee, ref_code, run, created_by, positions::text,

@@ -12,14 +12,16 @@ import pytest
 from msgspec.structs import replace
 
 from aggregator.fold import fold
-from oncepay.errors import OutcomeUnknown, ShardUnavailable
+from oncepay.cart import Fee, Item, shares_of
+from oncepay.errors import OncepayError, OutcomeUnknown, ShardUnavailable
 from oncepay.feed import EntryRow
 from oncepay.ledger import payment_entry
-from oncepay.payment import Status
+from oncepay.payment import Failure, Progress, Status
 from shard.store.rows import Put
 from shard.worker.errors import FeedHalted
 from shard.worker.feed import Place
 from shard.worker.resnapshot import Resnapshot
+from shard.worker.snapshot import SQL
 from shard.worker.stream import SLOT
 from tests.postgres_fixture import PostgresServer, postgres_server
 from tests.shard.worker.harness import (
@@ -191,6 +193,96 @@ async def test_a_rebuild_of_a_feed_that_moves_takes_nothing_back(shard: ShardDat
                 assert await resnapshot.rebuild() >= before
         await eventually(lambda: is_the_fold(shard, aggregator), "the aggregator is the fold")
         await eventually(lambda: feed.forwarder.problem is None, "the feed moves")
+
+
+@pytest.mark.parametrize("blocks", [1, 1_024])
+async def test_all_comes_out_of_the_tables_as_the_feed_had_brought_it(
+    shard: ShardDatabase, aggregator: RunningAggregator, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """What was lost comes again from nothing, piece by piece, and with rows of before entries were packed."""
+    monkeypatch.setattr("shard.worker.snapshot.PIECE_BLOCKS", blocks)
+    async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
+        await pay(shard, *(f"k{n}" for n in range(140)))
+        await odd(shard, *(f"k{n}" for n in range(140, 150)))
+        for statement in OF_BEFORE:
+            await shard.connection.execute(statement)
+        await aggregator.holds("k149", "old2")
+        await eventually(lambda: is_the_fold(shard, aggregator), "all was forwarded")
+        database = aggregator.connection
+        assert database is not None
+        before = {table: await all_of(database, table) for table in DERIVED}
+        await database.execute("truncate oncepay.payment_versions, " + ", ".join(f"oncepay.{table}" for table in DERIVED))
+        await resnapshot.rebuild()
+        assert {table: await all_of(database, table) for table in DERIVED} == before
+        assert resnapshot.progress.rows == 152 + 152 + 141
+        last = "select key, version, status, event, actor from oncepay.{} order by key, version"
+        assert await database.fetch(last.format("payment_history")) == await shard.connection.fetch(last.format("payments"))
+
+
+DERIVED = (
+    *("entry_rows", "seller_postings", "link_rows", "payments"),
+    *("account_totals", "account_days", "kind_totals", "seller_days"),
+)
+ITEMS: tuple[tuple[Item, ...], ...] = (
+    (Item("ann", 1), Item("bob", 2, 3), Item("ann", 1, 1, "again")),
+    (Item('q"uo\\te', 5, 1, 'é{}, "quoted" \\n \n\t\x01\x7f/ \u2028 \U0001f600'), Item("platform", 3, 2)),
+    (Item("ann", 0, 1, "1"), Item("bob", 10, 10, "[]")),
+)
+FAILURES = (None, Failure("card_declined"), Failure("x", 'a "message" \\ é\x02', "fraudulent"))
+
+
+async def odd(shard: ShardDatabase, *keys: str) -> None:
+    """Payments of all kinds of items, with failures and without, some with shares that don't follow from the items."""
+    for n, key in enumerate(keys):
+        made, items = new_payment(key), ITEMS[n % len(ITEMS)]
+        shares = shares_of(items, {}, Fee(1000, 1))
+        terms = replace(made.terms, items=items, shares=tuple(reversed(shares)) if n % 2 else shares)
+        amount = sum(item.amount * item.quantity for item in items)
+        made = replace(made, terms=terms, amount=amount, progress=Progress(attempt=n, failure=FAILURES[n % 4 % 3]))
+        await shard.put(Put(made, 0, "accepted"))
+
+
+OF_BEFORE = (
+    """
+insert into oncepay.payments (slot, key, status, version, buyer, currency, amount, intent, fingerprint, terms, progress, open_work,
+    event, actor, created_at, updated_at, expires_at)
+select oncepay.slot_of(k), k, status, version, buyer, currency, amount, 'pi_' || k, fingerprint,
+       '{"items": [{"seller": "é", "amount": 1000}], "shares": [{"seller": "é", "gross": 1000, "fee": 1}], "api_version": "v"}',
+       '{"failure": {"code": "gone", "message": ""}}', open_work, event, actor, created_at, updated_at, expires_at
+from oncepay.payments cross join (values ('old1'), ('old2')) o (k) where key = 'k0'
+""",
+    """
+insert into oncepay.entries (slot, key, entry_id, kind, currency, source, accounts, amounts, sellers, created_at)
+select slot, key, 'fee:a "quoted" é', 'stripe_fee', 'usd', 'txn_1', array['stripe:fees', 'stripe:clearing'], array[30, -30],
+       array['', ''], now()
+from oncepay.payments where key = 'k0'
+""",
+)
+
+
+async def all_of(database: asyncpg.Connection, table: str) -> set[str]:
+    """A table's rows, whatever position they came by."""
+    return {row[0] for row in await database.fetch(f"select (to_jsonb(t) - 'lsn')::text from oncepay.{table} t")}
+
+
+async def test_an_aggregator_that_refuses_in_the_middle_of_a_copy(
+    shard: ShardDatabase, aggregator: RunningAggregator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer is told, nothing waits for it, and the next rebuild does."""
+    monkeypatch.setattr("shard.worker.snapshot.PIECE_BLOCKS", 1)
+    monkeypatch.setattr("shard.worker.snapshot.PARTS_AHEAD", 1)
+    async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
+        await pay(shard, *(f"k{n}" for n in range(150)))
+        await aggregator.holds("k149")
+        honest = dict(SQL)
+        for wrong, told in (("'0/1'::pg_lsn", "not of|are of shard"), ("(select 1/0)::text::pg_lsn", "can't be read")):
+            monkeypatch.setitem(SQL, "entry_rows", honest["entry_rows"].replace("'{lsn}'::pg_lsn", wrong))
+            with pytest.raises(OncepayError, match=told):
+                async with asyncio.timeout(20):
+                    await resnapshot.rebuild()
+        monkeypatch.undo()
+        await resnapshot.rebuild()
+        await eventually(lambda: is_the_fold(shard, aggregator), "the aggregator is the fold")
 
 
 async def test_a_leader_that_changed_meanwhile_changes_nothing(
