@@ -7,8 +7,12 @@ of the rows in the database, once they are there.
 
 from __future__ import annotations
 
+import asyncio
+import os
+import tempfile
+from collections import deque
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Protocol, Self
 
 import asyncpg
 import msgspec
@@ -22,8 +26,10 @@ from oncepay.feed import COPIED, COPY_TAG, FEED_BYTES_MAX, FeedBatch, FeedPositi
 from oncepay.logs import get_logger
 
 SQL = queries.load("rebuild.sql")
-_CHECKED = ("entry_rows", "link_rows", "payments", "payment_versions")
 _SUMS = ("sum_account_days", "sum_account_totals", "sum_kinds")
+_TABLES = ("entry_rows", "link_rows", "payments", "payment_versions")
+"""As `check_rebuild` takes their numbers of rows."""
+_LEDGER = ("entry_rows", "link_rows")
 
 _log = get_logger("rebuild")
 
@@ -47,48 +53,87 @@ async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> Fe
     Raises MalformedBody when the body is cut off or isn't one, EpochEnded for a worker that was replaced.
     """
     head = _head(await _frame(body), shard)
-    slots = _multirange(head.slots)
     try:
-        async with connection.transaction():
-            changed = await _replace(connection, head, slots, body)
+        async with Spool(body) as spool, connection.transaction():
+            done = await _Rebuild(connection, head).run(spool)
     except asyncpg.DataError as error:
         raise MalformedBody(f"the rebuild's rows can't be taken: {error}") from error
-    _log.info("shard rebuilt", shard=shard, lsn=head.lsn, **changed)
+    _log.info("shard rebuilt", shard=shard, lsn=head.lsn, **done)
     return FeedPosition(head.lsn, head.incarnation, head.epoch)
 
 
-async def _replace(
-    connection: asyncpg.Connection, head: RebuildHead, slots: list[asyncpg.Range], body: Reads
-) -> dict[str, object]:
-    """Do it; what is to be said of it."""
-    await _lock(connection, head)
-    affected = [row[0] for row in await connection.fetch(SQL["forget_sums"], head.shard, slots)]
-    staged = await connection.fetchval(SQL["any_rows"], slots)  # the others that brought some wait by now
-    await connection.execute(SQL["forget_payouts"], slots)
-    await connection.execute(APPLY["sum_in_memory"])
-    if staged:
-        await connection.execute(SQL["stage"])
-    async with Copier(connection, staged=staged) as copier:
-        await _bring(copier, head, body)
-    of_each = [copier.rows[table] for table in _CHECKED]
-    await connection.execute(SQL["check"], staged, head.shard, slots, head.lsn, of_each)
-    await connection.execute(SQL["derive_postings"], staged, slots)
-    changed = dict(await connection.fetch(SQL["take"], slots, head.lsn)) if staged else {}
-    await connection.execute(SQL["settle_postings"], affected, head.shard, head.lsn)
-    await _sum(connection, affected)
-    await connection.execute(SQL["forget_versions"], slots)
-    await connection.execute(SQL["set_watermark"], head.shard, head.incarnation, head.epoch, head.lsn)
-    return {"rows": copier.rows.total(), "changed": changed, "sums_of": affected}
+class _Rebuild:
+    """One rebuild, in a transaction."""
 
+    def __init__(self, connection: asyncpg.Connection, head: RebuildHead) -> None:
+        self._connection = connection
+        self._head = head
+        self._slots = [asyncpg.Range(first, last, lower_inc=True, upper_inc=True) for first, last in head.slots]
+        self._affected: list[str] = []
+        self._staged = False
+        self._ledger_done = False
+        self._changed: dict[str, int] = {}
 
-async def _bring(copier: Copier, head: RebuildHead, body: Reads) -> None:
-    """All rows of the body, up to its end."""
-    versions = "payment_versions" not in head.copied
-    while frame := await _frame(body):
-        if frame[0] == COPY_TAG:
-            await copier.take(_copied(frame, head), _parts(frame, body))
+    async def run(self, body: Spool) -> dict[str, object]:
+        """Do it; what is to be said of it."""
+        connection, head, slots = self._connection, self._head, self._slots
+        await _lock(connection, head)
+        self._affected = [row[0] for row in await connection.fetch(SQL["forget_sums"], head.shard, slots)]
+        self._staged = await connection.fetchval(SQL["any_rows"], slots)  # the others that brought some wait by now
+        await connection.execute(SQL["forget_payouts"], slots)
+        await connection.execute(APPLY["sum_in_memory"])
+        if self._staged:
+            await connection.execute(SQL["stage"])
+        async with Copier(connection, staged=self._staged) as copier:
+            await self._bring(copier, body)
+            if not self._ledger_done:
+                await self._ledger(copier)
+            await self._check(copier, "payments", "payment_versions")
+        if self._staged:
+            self._changed |= dict(await connection.fetch(SQL["take_payments"], slots, head.lsn))
+        await connection.execute(SQL["forget_versions"], slots)
+        await connection.execute(SQL["set_watermark"], head.shard, head.incarnation, head.epoch, head.lsn)
+        return {"rows": copier.rows.total(), "changed": self._changed, "sums_of": self._affected}
+
+    async def _bring(self, copier: Copier, body: Spool) -> None:
+        """All rows of the body, up to its end. What is derived of the ledger is made as soon as it is there."""
+        head = self._head
+        versions = "payment_versions" not in head.copied
+        while frame := await body.frame():
+            table = _copied(frame, head) if frame[0] == COPY_TAG else ""
+            if head.copied and not self._ledger_done and table not in _LEDGER:
+                await self._ledger(copier)
+            if table:
+                if self._ledger_done and table in _LEDGER:
+                    raise MalformedBody("rows of the ledger come after others")
+                await copier.take(table, _parts(frame, body))
+            else:
+                batch = _batch(frame, head)
+                if self._ledger_done and (batch.entries or batch.links):
+                    raise MalformedBody("rows of the ledger come after others")
+                await put_anew(copier, batch, versions=versions)
+
+    async def _ledger(self, copier: Copier) -> None:
+        """All entries and links are there: what is derived of them."""
+        connection, head, slots = await copier.idle(), self._head, self._slots
+        await self._check(copier, *_LEDGER)
+        if self._staged:
+            self._changed |= dict(await connection.fetch(SQL["take_ledger"], slots, head.lsn))
         else:
-            await put_anew(copier, _batch(frame, head), versions=versions)
+            await connection.execute(SQL["derive_postings"], slots)
+        await connection.execute(SQL["settle_postings"], self._affected, head.shard, head.lsn)
+        try:
+            for name in _SUMS:
+                await connection.execute(SQL[name], self._affected)
+        except asyncpg.NotNullViolationError as error:
+            raise MalformedBody("an account has a code that this version doesn't know: upgrade the aggregator first") from error
+        await connection.execute(APPLY["sum_postings"], self._affected, 0)
+        self._ledger_done = True
+
+    async def _check(self, copier: Copier, *tables: str) -> None:
+        connection, head = await copier.idle(), self._head
+        rows = [copier.rows[table] if table in tables else None for table in _TABLES]
+        await connection.execute(SQL["check"], self._staged, head.shard, self._slots, head.lsn, rows)
 
 
 def _copied(frame: bytes, head: RebuildHead) -> str:
@@ -97,24 +142,66 @@ def _copied(frame: bytes, head: RebuildHead) -> str:
     return head.copied[frame[1]]
 
 
-async def _parts(frame: bytes, body: Reads) -> AsyncIterator[bytes]:
+async def _parts(frame: bytes, body: Spool) -> AsyncIterator[bytes]:
     """What one COPY wrote, from its first frame on."""
     tag = frame[:2]
     while len(frame) > 2:
         yield frame[2:]
-        frame = await _frame(body)
+        frame = await body.frame()
         if frame[:2] != tag:
             raise MalformedBody("a table's copy was cut off by something else")
 
 
-async def _sum(connection: asyncpg.Connection, affected: list[str]) -> None:
-    """Make the sums of these shards' rows, which were forgotten."""
-    try:
-        for name in _SUMS:
-            await connection.execute(SQL[name], affected)
-    except asyncpg.NotNullViolationError as error:
-        raise MalformedBody("an account has a code that this version doesn't know: upgrade the aggregator first") from error
-    await connection.execute(APPLY["sum_postings"], affected, 0)
+class Spool:
+    """A body's frames, read as they come, also while the one that takes them is busy: the shard's node needn't wait for it. What
+    waits is in a file that is gone with it."""
+
+    def __init__(self, body: Reads) -> None:
+        self._body = body
+        self._file = tempfile.TemporaryFile(prefix="oncepay-rebuild-")  # noqa: SIM115
+        self._sizes: deque[int] = deque()
+        self._read_at = 0
+        self._more = asyncio.Event()
+        self._filling: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._filling = asyncio.create_task(self._fill())
+        self._filling.add_done_callback(lambda _: self._more.set())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._filling is not None
+        self._filling.cancel()
+        await asyncio.gather(self._filling, return_exceptions=True)
+        self._file.close()
+
+    async def frame(self) -> bytes:
+        """The next frame. Raises MalformedBody when the body was cut off before its end."""
+        assert self._filling is not None
+        while not self._sizes:
+            if self._filling.done():
+                self._filling.result()
+                raise MalformedBody("the rebuild has ended")
+            self._more.clear()
+            await self._more.wait()
+        size = self._sizes.popleft()
+        frame = os.pread(self._file.fileno(), size, self._read_at)
+        self._read_at += size
+        if not self._sizes:
+            self._read_at = 0
+            self._file.seek(0)
+            self._file.truncate()
+        return frame
+
+    async def _fill(self) -> None:
+        """All frames, with the empty one at the end."""
+        frame = b"head"
+        while frame:
+            frame = await _frame(self._body)
+            self._file.write(frame)
+            self._file.flush()
+            self._sizes.append(len(frame))
+            self._more.set()
 
 
 async def _lock(connection: asyncpg.Connection, head: RebuildHead) -> None:
@@ -159,7 +246,3 @@ def _batch(frame: bytes, head: RebuildHead) -> FeedBatch:
     if (batch.shard, batch.incarnation, batch.to_lsn) != (head.shard, head.incarnation, head.lsn):
         raise MalformedBody("a batch of another rebuild")
     return batch
-
-
-def _multirange(slots: tuple[tuple[int, int], ...]) -> list[asyncpg.Range]:
-    return [asyncpg.Range(first, last, lower_inc=True, upper_inc=True) for first, last in slots]

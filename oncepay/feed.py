@@ -186,12 +186,13 @@ _PAYMENTS = (
     " items platform_fee failure"
 )
 COPIED: dict[str, tuple[str, ...]] = {
-    "payments": tuple(_PAYMENTS.split()),
     "entry_rows": tuple(_ENTRY_ROWS.split()),
     "link_rows": ("shard", "balance_transaction", "key", "entry_id", "slot", "created_at", "lsn"),
     "payment_versions": ("shard", "key", "slot", "first_version", "last_version", "versions"),
+    "payments": tuple(_PAYMENTS.split()),
 }
-"""Tables of the aggregator whose rows a shard's Postgres can write as they are, and their columns in its order."""
+"""Tables of the aggregator whose rows a shard's Postgres can write as they are, and their columns in its order. The ledger's are
+sent first: while the shard's node makes the others' rows, the aggregator's works at them."""
 
 COPY_TAG = 0xC1
 """The first byte of a frame with a part of what Postgres' COPY wrote; a batch never begins with it (msgpack doesn't use it)."""

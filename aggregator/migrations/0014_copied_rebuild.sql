@@ -22,20 +22,18 @@ create function oncepay.postings_of(accounts text[], amounts bigint[], sellers t
     group by n.seller
 $$;
 
--- So of accounts that are codes.
+-- So of accounts that are codes. A third faster with three sums than with one for each column.
 create function oncepay.coded_postings_of(accounts text[], amounts bigint[])
     returns table (seller text, amount bigint, total bigint, fee bigint, debit bigint, credit bigint, named boolean)
     language sql immutable parallel safe as $$
-    select substr(u.code, 2),
-           coalesce(-sum(u.amount) filter (where left(u.code, 1) = 'P' or u.code = 'Fplatform'), 0)::bigint,
-           -sum(u.amount)::bigint,
-           coalesce(-sum(u.amount) filter (where left(u.code, 1) = 'F' and u.code <> 'Fplatform'), 0)::bigint,
-           sum(greatest(u.amount, 0)) filter (where left(u.code, 1) = 'P')::bigint,
-           sum(greatest(-u.amount, 0)) filter (where left(u.code, 1) = 'P')::bigint,
-           true
-    from unnest(accounts, amounts) u (code, amount)
-    where left(u.code, 1) in ('P', 'F') and u.code <> 'F'
-    group by 1
+    select s.seller, case when s.seller = 'platform' then -s.total else -coalesce(s.own, 0) end, -s.total,
+           case when s.seller = 'platform' then 0 else coalesce(s.own, 0) - s.total end, s.debit, s.debit - s.own, true
+    from (
+        select substr(u.code, 2) as seller, sum(u.amount)::bigint as total, sum(u.amount) filter (where u.code ^@ 'P')::bigint as own,
+               sum(greatest(u.amount, 0)) filter (where u.code ^@ 'P')::bigint as debit
+        from unnest(accounts, amounts) u (code, amount)
+        where (u.code ^@ 'P' or u.code ^@ 'F') and u.code <> 'F'
+        group by 1) s
 $$;
 
 -- Sees that what came is of the shard, its slots and the position p_lsn. Raises data_exception for what isn't.
@@ -60,109 +58,117 @@ begin
     end loop;
 end $$;
 
--- The postings of all entries in the slots. Where they go to a table with an index they come in its order.
-create function oncepay.derive_postings(p_staged boolean, p_slots int4multirange) returns void
-    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
-declare
-    columns constant text := 'shard, key, entry_id, kind, currency, slot, created_at, lsn';
-begin
-    execute format(
-        'insert into %1$s (%3$s, seller, amount, total, fee, debit, credit, named)
-         select %4$s, b.seller, b.amount, b.total, b.fee, b.debit, b.credit, b.named
-         from %2$s e cross join lateral oncepay.coded_postings_of(e.accounts, e.amounts) b
-         where e.sellers is null and e.slot <@ $1
+-- The query that makes the postings of the entries in `p_entries` (a table, as `e`) for which `p_which` holds. Its columns are those of
+-- seller_postings, by name.
+create function oncepay.postings_query(p_entries text, p_which text) returns text
+    language sql immutable set search_path = pg_catalog, pg_temp
+    return format(
+        'select b.seller, e.currency, e.created_at, e.key, e.entry_id, e.slot, e.kind, b.amount, b.total, b.fee, e.shard, e.lsn, b.debit,
+                b.credit, b.named
+         from %1$s e cross join lateral oncepay.coded_postings_of(e.accounts, e.amounts) b
+         where e.sellers is null and %2$s
          union all
-         select %4$s, b.seller, b.amount, b.total, b.fee, b.debit, b.credit, b.named
-         from %2$s e cross join lateral oncepay.postings_of(e.accounts, e.amounts, e.sellers) b
-         where e.sellers is not null and e.slot <@ $1
-         %5$s',
-        case when p_staged then 'pg_temp.staged_seller_postings' else 'oncepay.seller_postings' end,
-        case when p_staged then 'pg_temp.staged_entry_rows' else 'oncepay.entry_rows' end,
-        columns, 'e.' || replace(columns, ', ', ', e.'),
-        case when not p_staged then 'order by seller, currency, created_at' end) using p_slots;
+         select b.seller, e.currency, e.created_at, e.key, e.entry_id, e.slot, e.kind, b.amount, b.total, b.fee, e.shard, e.lsn, b.debit,
+                b.credit, b.named
+         from %1$s e cross join lateral oncepay.postings_of(e.accounts, e.amounts, e.sellers) b
+         where e.sellers is not null and %2$s', p_entries, p_which);
+
+-- Puts the postings of all entries in the slots, in the order of the table's index.
+create function oncepay.derive_postings(p_slots int4multirange) returns void
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+begin
+    execute 'insert into oncepay.seller_postings (seller, currency, created_at, key, entry_id, slot, kind, amount, total, fee, shard, lsn,
+                                                  debit, credit, named) '
+        || oncepay.postings_query('oncepay.entry_rows', 'e.slot <@ $1') || ' order by seller, currency, created_at' using p_slots;
 end $$;
 
--- As in 0013. First both sides' rows are hashed, by slot: what has the same number of rows and the same sum of hashes is the same. A
--- row's hash is hashed once more, for the sum of records' hashes doesn't tell two rows from the same two with a value exchanged.
+-- As in 0013; the postings are made of the staged entries. First both sides' rows are hashed, by slot of 64 in a row (`bucket`): what has
+-- the same number of rows and the same sum of hashes is the same. A row's hash is hashed once more, for the sum of records' hashes
+-- doesn't tell two rows from the same two with a value exchanged.
 create or replace function oncepay.take_staged(p_table text, p_key text[], p_slots int4multirange, p_lsn pg_lsn) returns bigint
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-    staged_table constant text := 'staged_' || p_table;
+    differ constant text := 'slot >> 6 in (select bucket from pg_temp.staged_buckets)';
+    derived constant boolean := p_table = 'seller_postings';
+    kept constant text := format('oncepay.%I', p_table);
+    staged constant text := format('pg_temp.%I', 'staged_' || p_table);
     columns text;
-    hashed text;
+    hashes text;
     content text;
     had bigint;
-    staged bigint;
+    came bigint;
     gone bigint;
     come bigint;
 begin
     select string_agg(quote_ident(attname), ', ' order by attnum),
-           string_agg(quote_ident(attname), ', ' order by attnum) filter (where attname <> 'lsn'),
+           format('count(*) as n, sum(hashint8extended(hash_record_extended(row(%s), 0), 1)) as h',
+                  string_agg(quote_ident(attname), ', ' order by attnum) filter (where attname <> 'lsn')),
            string_agg('x.' || quote_ident(attname), ', ' order by attnum) filter (where attname <> 'lsn' and attname <> all (p_key))
-    into columns, hashed, content
+    into columns, hashes, content
     from pg_catalog.pg_attribute
-    where attrelid = format('oncepay.%I', p_table)::regclass and attnum > 0 and not attisdropped;
-    truncate pg_temp.staged_changes, pg_temp.staged_slots;
+    where attrelid = kept::regclass and attnum > 0 and not attisdropped;
+    truncate pg_temp.staged_changes, pg_temp.staged_buckets;
     execute format(
-        'insert into pg_temp.staged_slots (slot)
-         select slot
-         from (select slot, count(*) as n, sum(hashint8extended(hash_record_extended(row(%3$s), 0), 1)) as h, max(lsn) > $2 as past
-               from oncepay.%1$I where slot <@ $1 group by slot) o
-         full join (select slot, count(*) as n, sum(hashint8extended(hash_record_extended(row(%3$s), 0), 1)) as h
-                    from pg_temp.%2$I group by slot) n using (slot)
+        'insert into pg_temp.staged_buckets (bucket)
+         select bucket
+         from (select slot >> 6 as bucket, %3$s, max(lsn) > $2 as past from %1$s where slot <@ $1 group by 1) o
+         full join (select slot >> 6 as bucket, %3$s from %2$s x group by 1) n using (bucket)
          where o.past or (o.n, o.h) is distinct from (n.n, n.h)',
-        p_table, staged_table, hashed) using p_slots, p_lsn;
-    if not exists (select from pg_temp.staged_slots) then
+        kept, case when derived then '(' || oncepay.postings_query('pg_temp.staged_entry_rows', 'true') || ')' else staged end, hashes)
+    using p_slots, p_lsn;
+    if not exists (select from pg_temp.staged_buckets) then
         return 0;
     end if;
-    execute format('analyze pg_temp.%I', staged_table);
-    analyze pg_temp.staged_slots;
+    analyze pg_temp.staged_buckets;
+    if derived then
+        execute format('insert into %1$s (%2$s) select %2$s from (%3$s) x', staged, columns,
+                       oncepay.postings_query('pg_temp.staged_entry_rows', 'e.' || differ));
+    end if;
+    execute 'analyze ' || staged;
     execute format(
         'insert into pg_temp.staged_changes (old, new)
          select o.ctid, n.ctid
-         from (select ctid, * from oncepay.%I where slot <@ $1 and slot in (select slot from pg_temp.staged_slots)) o
-         full join (select ctid, * from pg_temp.%I where slot in (select slot from pg_temp.staged_slots)) n using (%s)
-         where o.slot is null or n.slot is null or o.lsn > $2 or row(%s) is distinct from row(%s)',
-        p_table, staged_table, (select string_agg(quote_ident(k), ', ') from unnest(p_key) k),
+         from (select ctid, * from %1$s where slot <@ $1 and %2$s) o full join (select ctid, * from %3$s where %2$s) n using (%4$s)
+         where o.slot is null or n.slot is null or o.lsn > $2 or row(%5$s) is distinct from row(%6$s)',
+        kept, differ, staged, (select string_agg(quote_ident(k), ', ') from unnest(p_key) k),
         replace(content, 'x.', 'o.'), replace(content, 'x.', 'n.')) using p_slots, p_lsn;
-    execute format('select count(*) from oncepay.%I where slot <@ $1 and slot in (select slot from pg_temp.staged_slots)', p_table)
-    into had using p_slots;
-    execute format('select count(*) from pg_temp.%I where slot in (select slot from pg_temp.staged_slots)', staged_table) into staged;
+    execute format('select count(*) from %s where slot <@ $1 and %s', kept, differ) into had using p_slots;
+    execute format('select count(*) from %s where %s', staged, differ) into came;
     select count(distinct old), count(distinct new) into gone, come from pg_temp.staged_changes;
     if gone > 0 then
-        execute format('delete from oncepay.%I t using (select distinct old from pg_temp.staged_changes) c where t.ctid = c.old',
-                       p_table);
+        execute format('delete from %s t using (select distinct old from pg_temp.staged_changes) c where t.ctid = c.old', kept);
         get diagnostics gone = row_count;
     end if;
-    if had - gone + come <> staged then
-        -- A row staged twice, which the key refuses now; or twice in a table without a key, or changed meanwhile: all of these slots go.
-        execute format('delete from oncepay.%I where slot <@ $1 and slot in (select slot from pg_temp.staged_slots)', p_table)
-        using p_slots;
-        execute format('insert into oncepay.%I (%s) select %s from pg_temp.%I where slot in (select slot from pg_temp.staged_slots)',
-                       p_table, columns, columns, staged_table);
-        return had + staged;
+    if had - gone + come <> came then
+        -- A row staged twice, which the key refuses now; or twice in a table without a key, or changed meanwhile: all of these go.
+        execute format('delete from %s where slot <@ $1 and %s', kept, differ) using p_slots;
+        execute format('insert into %1$s (%2$s) select %2$s from %3$s where %4$s', kept, columns, staged, differ);
+        return had + came;
     end if;
     if come > 0 then
-        execute format(
-            'insert into oncepay.%I (%s) select %s from pg_temp.%I n
-             where n.ctid in (select new from pg_temp.staged_changes)',
-            p_table, columns, columns, staged_table);
+        execute format('insert into %1$s (%2$s) select %2$s from %3$s n where n.ctid in (select new from pg_temp.staged_changes)',
+                       kept, columns, staged);
     end if;
     return gone + come;
 end $$;
 
--- As in 0013.
-create or replace function oncepay.take_rebuild(p_slots int4multirange, p_lsn pg_lsn)
-    returns table (of_table text, changed bigint)
+-- As in 0013, in two parts: the ledger comes first.
+drop function oncepay.take_rebuild;
+create function oncepay.take_ledger(p_slots int4multirange, p_lsn pg_lsn) returns table (of_table text, changed bigint)
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
-    create temporary table staged_slots (slot integer) on commit drop;
+    create temporary table staged_buckets (bucket integer) on commit drop;
     return query
     select t.name, oncepay.take_staged(t.name, t.key, p_slots, p_lsn)
     from (values ('entry_rows', array['key', 'entry_id']),
                  ('seller_postings', array['key', 'entry_id', 'seller']),
-                 ('link_rows', array['balance_transaction', 'key', 'entry_id']),
-                 ('payments', array['key'])) t (name, key);
+                 ('link_rows', array['balance_transaction', 'key', 'entry_id'])) t (name, key);
+end $$;
+
+create function oncepay.take_payments(p_slots int4multirange, p_lsn pg_lsn) returns table (of_table text, changed bigint)
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+begin
+    return query select 'payments', oncepay.take_staged('payments', array['key'], p_slots, p_lsn);
 
     -- History keeps what it has. A page brings last versions, and so does history, mostly.
     analyze pg_temp.staged_payment_versions;
@@ -205,5 +211,7 @@ create or replace function oncepay.forget_versions(p_slots int4multirange) retur
     where v.ctid = past.place and v.first_version <= past.version;
 $$;
 
-revoke execute on function oncepay.postings_of, oncepay.coded_postings_of, oncepay.check_rebuild, oncepay.derive_postings from public;
-grant execute on function oncepay.check_rebuild, oncepay.derive_postings to oncepay_aggregator;
+revoke execute on function oncepay.postings_of, oncepay.coded_postings_of, oncepay.check_rebuild, oncepay.postings_query,
+    oncepay.derive_postings from public;
+revoke execute on function oncepay.take_ledger, oncepay.take_payments from public;
+grant execute on function oncepay.check_rebuild, oncepay.derive_postings, oncepay.take_ledger, oncepay.take_payments to oncepay_aggregator;

@@ -15,8 +15,11 @@ select exists (select from oncepay.payments where slot <@ $1::int4multirange)
 -- name: stage
 select oncepay.stage_rebuild()
 
--- name: take
-select of_table, changed from oncepay.take_rebuild($1, $2)
+-- name: take_ledger
+select of_table, changed from oncepay.take_ledger($1, $2)
+
+-- name: take_payments
+select of_table, changed from oncepay.take_payments($1, $2)
 
 -- name: settle_postings
 select oncepay.settle_postings($1, $2, $3)
@@ -31,7 +34,7 @@ select oncepay.forget_versions($1)
 select oncepay.check_rebuild($1, $2, $3, $4, $5)
 
 -- name: derive_postings
-select oncepay.derive_postings($1, $2)
+select oncepay.derive_postings($1)
 
 -- name: sum_account_days
 -- As `fold` (fold.py) does it, of all entries that the shards $1 have, whose sums were forgotten; the next two make theirs of these. The
@@ -40,18 +43,20 @@ insert into oncepay.account_days (account, currency, day, kind, shard, debit, cr
 select account, currency, day, kind, shard, sum(debit), sum(credit)
 from (
     select case when e.sellers is not null then case when p.account like 'seller:%:payable' then 'seller:*:payable' else p.account end
-                when left(p.account, 1) = 'P' then 'seller:*:payable'
+                when p.account ^@ 'P' then 'seller:*:payable'
+                when p.account ^@ 'F' then 'platform:fees'
                 else oncepay.decoded_account(p.account) end as account,
-           e.currency, (e.created_at at time zone 'UTC')::date as day, e.kind, e.shard, greatest(p.amount, 0) as debit,
-           greatest(-p.amount, 0) as credit
-    from oncepay.entry_rows e cross join lateral unnest(e.accounts, e.amounts) p (account, amount)
-    where e.shard = any ($1::text[])
+           e.currency, e.day, e.kind, e.shard, greatest(p.amount, 0) as debit, greatest(-p.amount, 0) as credit
+    from (
+        select accounts, amounts, sellers, currency, (created_at at time zone 'UTC')::date as day, kind, shard
+        from oncepay.entry_rows where shard = any ($1::text[]) offset 0) e
+    cross join lateral unnest(e.accounts, e.amounts) p (account, amount)
     union all
-    select a.account, e.currency, (e.created_at at time zone 'UTC')::date, 'stripe_fee', e.shard, greatest(a.amount, 0),
-           greatest(-a.amount, 0)
-    from oncepay.entry_rows e
-    cross join lateral (values ('stripe:fees', e.fee), ('stripe:clearing', -e.fee)) a (account, amount)
-    where e.shard = any ($1::text[]) and e.fee is not null) p
+    select a.account, e.currency, e.day, 'stripe_fee', e.shard, a.debit, a.credit
+    from (
+        select currency, (created_at at time zone 'UTC')::date as day, shard, sum(greatest(fee, 0)) as paid, sum(greatest(-fee, 0)) as back
+        from oncepay.entry_rows where shard = any ($1::text[]) and fee is not null group by 1, 2, 3) e
+    cross join lateral (values ('stripe:fees', e.paid, e.back), ('stripe:clearing', e.back, e.paid)) a (account, debit, credit)) p
 group by account, currency, day, kind, shard
 
 -- name: sum_account_totals

@@ -35,10 +35,10 @@ from shard.worker.stream import ROLE, SLOT
 
 PAGE_ROWS = 2_000
 COPIED = {
-    "payments": "oncepay.payments",
     "entry_rows": "oncepay.entries",
     "link_rows": "oncepay.balance_links",
     "payment_versions": "oncepay.payments",
+    "payments": "oncepay.payments",
 }
 """Which of the shard's tables the aggregator's are copied from."""
 PIECE_BLOCKS = 1_024
@@ -86,11 +86,11 @@ class Snapshot:
         lsn = self.head.lsn
         yield Part(encode_head(self.head))
         try:
-            async for page in self._pages("unusual_payments"):
-                yield self._batch(payments=tuple(_payment(lsn, row) for row in page))
             for number, name in enumerate(self.head.copied):
                 async for part in self._copied(number, name):
                     yield part
+            async for page in self._pages("unusual_payments"):
+                yield self._batch(payments=tuple(_payment(lsn, row) for row in page))
             async for page in self._pages("payouts"):
                 yield self._batch(payouts=tuple(_payout(lsn, row) for row in page))
         except _FAILURES as error:

@@ -64,12 +64,14 @@ def body(
     rows = framed(encode_batch(whole))
     if copied:
         encoder = _Encoder(history.shard)
-        rows += (
-            copy("payments", encoder.payments(usual))
-            + copy("entry_rows", encoder.entries(entries))
+        lives = [life_of([row], at_commit=False) for row in payments]
+        rows = (
+            copy("entry_rows", encoder.entries(entries))
             + copy("link_rows", encoder.links(links))
+            + copy("payment_versions", encoder.lives(lives))
+            + copy("payments", encoder.payments(usual))
+            + rows
         )
-        rows += copy("payment_versions", encoder.lives([life_of([row], at_commit=False) for row in payments]))
     return framed(encode_head(head)) + rows + end
 
 
@@ -263,6 +265,7 @@ async def test_rows_that_no_rebuild_may_bring_change_nothing(connection: asyncpg
         (framed(encode_copy(0)[:1]), "no table"),
         (framed(encode_copy(0, copying.HEADER)) + framed(encode_copy(1, copying.HEADER)), "cut off by something else"),
         (framed(encode_copy(0, copying.HEADER)), "cut off by something else"),
+        (copy("payments", _Encoder("s0").payments(())) + copy("entry_rows", _Encoder("s0").entries(())), "come after others"),
     ],
 )
 async def test_a_copy_that_is_none_changes_nothing(connection: asyncpg.Connection, frames: bytes, told: str) -> None:

@@ -10,13 +10,13 @@ where oid in ('oncepay.payments'::regclass, 'oncepay.entries'::regclass, 'oncepa
               'oncepay.payouts'::regclass)
 
 -- name: unusual_payments
--- Those that `payments` leaves out: rows of earlier versions, and terms whose shares don't follow from their items.
+-- Those that `payments` leaves out: rows of earlier versions, terms whose shares don't follow from their items, and what jsonb can't hold.
 select slot, key, status, version, buyer, currency, amount, amount_captured, amount_refunded, intent, coalesce(agreed, terms::text),
        coalesce(course, progress::text),
        (extract(epoch from created_at) * 1000000)::bigint, (extract(epoch from updated_at) * 1000000)::bigint,
        (extract(epoch from expires_at) * 1000000)::bigint, open_work, event, actor
 from oncepay.payments p
-where (coalesce(agreed, '{') like '{%' or coalesce(course, '{') like '{%')
+where (coalesce(agreed, '{') like '{%' or strpos(agreed, '\u0000') > 0 or coalesce(course, '{') like '{%')
     and exists (select from oncepay.ranges r where p.slot between r.first and r.last)
 
 -- name: blocks
@@ -24,18 +24,18 @@ select pg_relation_size($1::text::regclass) / current_setting('block_size')::big
 
 -- name: payments
 -- This and the next ones are as COPY writes them: the columns of `oncepay.feed.COPIED`. Which part of the table, and the position, are put
--- in. The short arrays of terms and progress are `oncepay.payment_text`'s; their texts are JSON already, and stay as they are.
+-- in. The short arrays of terms and progress are `oncepay.payment_text`'s; their texts are JSON already, and jsonb writes them alike.
 select $1::text, e.key, e.slot, e.version, e.amount, e.amount_captured, e.amount_refunded, e.created_at, e.updated_at, '{lsn}'::pg_lsn,
        e.status, e.buyer, e.currency, e.intent,
        (select '[' || string_agg(
             '{"seller":' || (i -> 0)::text || ',"amount":' || (i -> 1)::text
                 || case when (i -> 2)::text <> '1' then ',"quantity":' || (i -> 2)::text else '' end
                 || case when (i -> 3)::text <> '""' then ',"description":' || (i -> 3)::text else '' end || '}', ',' order by n) || ']'
-        from json_array_elements(e.agreed::json -> 0) with ordinality l (i, n)),
-       (select coalesce(sum(fee::bigint), 0)::bigint from json_array_elements_text(e.agreed::json -> 1) f (fee)),
+        from jsonb_array_elements(t.agreed -> 0) with ordinality l (i, n)),
+       (select coalesce(sum(fee::bigint), 0)::bigint from jsonb_array_elements(t.agreed -> 1) f (fee)),
        nullif((e.course::json -> 6)::text, 'null')
-from oncepay.payments e
-where e.agreed like '[%' and e.course like '[%' and {part}
+from oncepay.payments e cross join lateral (select e.agreed::jsonb as agreed offset 0) t
+where e.agreed like '[%' and strpos(e.agreed, '\u0000') = 0 and e.course like '[%' and {part}
     and exists (select from oncepay.ranges r where e.slot between r.first and r.last)
 
 -- name: entry_rows

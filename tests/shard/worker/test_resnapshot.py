@@ -226,7 +226,7 @@ DERIVED = (
 ITEMS: tuple[tuple[Item, ...], ...] = (
     (Item("ann", 1), Item("bob", 2, 3), Item("ann", 1, 1, "again")),
     (Item('q"uo\\te', 5, 1, 'é{}, "quoted" \\n \n\t\x01\x7f/ \u2028 \U0001f600'), Item("platform", 3, 2)),
-    (Item("ann", 0, 1, "1"), Item("bob", 10, 10, "[]")),
+    (Item("ann", 0, 1, "1"), Item("bob", 10, 10, "[]"), Item("bob", 1, 1, "no\0text")),
 )
 FAILURES = (None, Failure("card_declined"), Failure("x", 'a "message" \\ é\x02', "fraudulent"))
 
@@ -244,8 +244,8 @@ async def odd(shard: ShardDatabase, *keys: str) -> None:
 
 OF_BEFORE = (
     """
-insert into oncepay.payments (slot, key, status, version, buyer, currency, amount, intent, fingerprint, terms, progress, open_work,
-    event, actor, created_at, updated_at, expires_at)
+insert into oncepay.payments (slot, key, status, version, buyer, currency, amount, intent, fingerprint, terms, progress,
+    open_work, event, actor, created_at, updated_at, expires_at)
 select oncepay.slot_of(k), k, status, version, buyer, currency, amount, 'pi_' || k, fingerprint,
        '{"items": [{"seller": "é", "amount": 1000}], "shares": [{"seller": "é", "gross": 1000, "fee": 1}], "api_version": "v"}',
        '{"failure": {"code": "gone", "message": ""}}', open_work, event, actor, created_at, updated_at, expires_at
