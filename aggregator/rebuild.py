@@ -21,7 +21,7 @@ from aggregator import queries
 from aggregator.apply import check
 from aggregator.put import SQL as APPLY
 from aggregator.put import Copier, put_anew
-from oncepay.errors import MalformedBody, OncepayError
+from oncepay.errors import MalformedBody, OncepayError, Unavailable
 from oncepay.feed import COPIED, COPY_TAG, FEED_BYTES_MAX, FeedBatch, FeedPosition, RebuildHead, decode_batch, decode_head
 from oncepay.logs import get_logger
 
@@ -198,8 +198,11 @@ class Spool:
         frame = b"head"
         while frame:
             frame = await _frame(self._body)
-            self._file.write(frame)
-            self._file.flush()
+            try:
+                self._file.write(frame)
+                self._file.flush()
+            except OSError as error:
+                raise Unavailable(f"what comes can't be kept in {tempfile.gettempdir()}: {error}; nothing has changed") from error
             self._sizes.append(len(frame))
             self._more.set()
 

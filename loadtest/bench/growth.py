@@ -33,6 +33,10 @@ RATIO_MAX = 1.25
 """Of the processor time of a payment on the large shard, to that on the small one. Caches alone make some difference."""
 AT_ONCE = 20_000
 GROW = (Path(__file__).parent / "grow.sql").read_text(encoding="utf-8")
+BEHIND = """
+select coalesce(max(pg_current_wal_lsn() - confirmed_flush_lsn), 0)::bigint from pg_replication_slots
+where slot_type = 'logical' and not temporary
+"""
 SIZES = """
 select c.relname as name, pg_table_size(c.oid) as bytes from pg_class c
 where c.relnamespace = 'oncepay'::regnamespace and c.relkind in ('r', 'i')
@@ -60,13 +64,16 @@ def on_disk(dsn: str) -> dict[str, Any]:
     }
 
 
-async def grow(dsn: str, rows: int) -> float:
-    """Put settled payments there; how many seconds it took."""
+async def grow(dsn: str, rows: int, *, behind_max_bytes: int = 0) -> float:
+    """Put settled payments there; how many seconds it took. With `behind_max_bytes` no feed gets further behind the log: a slot
+    that keeps too much of it is lost."""
     connection = await asyncpg.connect(dsn)
     began_s = time.monotonic()
     try:
         await connection.execute("set synchronous_commit = local")
         for first in range(0, rows, AT_ONCE):
+            while behind_max_bytes and await connection.fetchval(BEHIND) > behind_max_bytes:  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
             await connection.execute(GROW.replace("$1", str(min(AT_ONCE, rows - first))).replace("$2", str(first)))
             left_s = (time.monotonic() - began_s) / (first + AT_ONCE) * max(0, rows - first - AT_ONCE)
             print(f"{min(first + AT_ONCE, rows):,} of {rows:,} rows, {left_s:.0f} s left", file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from oncepay.feed import parse_lsn
 
 FIRST = 300
 CONNECTIONS = 32
+BEHIND_MAX_BYTES = 512 << 20
 BROUGHT_S = 3_600.0
 """How long the feed may take for all rows."""
 
@@ -71,7 +72,7 @@ def measured(running: Running, asked: argparse.Namespace) -> dict[str, Any]:
     """Fill the shard, wait for the feed, rebuild."""
     dsn = superuser_dsn(running)
     round_of(running, FIRST, CONNECTIONS, 0)
-    planted_s = asyncio.run(grow(dsn, asked.payments))
+    planted_s = asyncio.run(grow(dsn, asked.payments, behind_max_bytes=BEHIND_MAX_BYTES))
     brought_s = brought(running, dsn)
     found = {"planting_s": round(planted_s, 1), "feed_after_it_s": round(brought_s, 1)}
     return {**found, "rebuilds": [rebuild(running) for _ in range(asked.times)], "machine": machine()}
