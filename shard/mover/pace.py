@@ -8,14 +8,18 @@ import time
 CHUNKS_A_SECOND = 4
 """A slow move takes smaller chunks: what it does at once shouldn't be felt."""
 CHUNK_ROWS_MIN = 500
+REST = 2.0
+"""A move with a rate rests at least so many times as long as its last rows took, as gh-ost does with `--nice-ratio`: where the
+machines are busy with payments, rows take longer, and the move leaves them more."""
+REST_MAX_S = 2.0
 
 
 class Pace:
-    """At most `rows_per_s` rows a second (0: no limit), measured from when this was made."""
+    """At most `rows_per_s` rows a second (0: no limit, and no rest), measured from when this was made."""
 
     def __init__(self, rows_per_s: int) -> None:
         self._rows_per_s = rows_per_s
-        self._free_s = time.monotonic()
+        self._free_s = self._resumed_s = time.monotonic()
 
     def chunk(self, rows: int) -> int:
         """How many rows to take at once: `rows`, or fewer where that would be long work."""
@@ -27,5 +31,7 @@ class Pace:
         """Return when the next rows may be taken, after `rows`. Time that was not used is lost, but for a second of it."""
         if self._rows_per_s:
             now_s = time.monotonic()
+            rest_s = min(REST_MAX_S, (now_s - self._resumed_s) * REST)
             self._free_s = max(self._free_s, now_s - 1.0) + rows / self._rows_per_s
-            await asyncio.sleep(max(0.0, self._free_s - now_s))
+            await asyncio.sleep(max(rest_s, self._free_s - now_s))
+            self._resumed_s = time.monotonic()
