@@ -8,6 +8,7 @@ of the rows in the database, once they are there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
 from collections import deque
@@ -82,6 +83,7 @@ class _Rebuild:
         self._staged = await connection.fetchval(SQL["any_rows"], slots)  # the others that brought some wait by now
         await connection.execute(SQL["forget_payouts"], slots)
         await connection.execute(APPLY["sum_in_memory"])
+        await connection.execute(SQL["be_patient"])
         if self._staged:
             await connection.execute(SQL["stage"])
         async with Copier(connection, staged=self._staged) as copier:
@@ -132,6 +134,10 @@ class _Rebuild:
 
     async def _check(self, copier: Copier, *tables: str) -> None:
         connection, head = await copier.idle(), self._head
+        if {"payments", "payment_versions"} <= {*tables} & {*head.copied}:
+            payments, versions = (copier.rows[table] for table in ("payments", "payment_versions"))
+            if payments != versions:
+                raise MalformedBody(f"{payments} payments came, and versions of {versions}")
         rows = [copier.rows[table] if table in tables else None for table in _TABLES]
         await connection.execute(SQL["check"], self._staged, head.shard, self._slots, head.lsn, rows)
 
@@ -158,7 +164,10 @@ class Spool:
 
     def __init__(self, body: Reads) -> None:
         self._body = body
-        self._file = tempfile.TemporaryFile(prefix="oncepay-rebuild-")  # noqa: SIM115
+        try:
+            self._file = tempfile.TemporaryFile(prefix="oncepay-rebuild-")  # noqa: SIM115
+        except OSError as error:
+            raise _no_room(error) from error
         self._sizes: deque[int] = deque()
         self._read_at = 0
         self._more = asyncio.Event()
@@ -173,14 +182,18 @@ class Spool:
         assert self._filling is not None
         self._filling.cancel()
         await asyncio.gather(self._filling, return_exceptions=True)
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk didn't take is tried once more
+            self._file.close()
 
     async def frame(self) -> bytes:
-        """The next frame. Raises MalformedBody when the body was cut off before its end."""
+        """The next frame. Raises MalformedBody as soon as the body was cut off before its end, Unavailable for lack of room."""
         assert self._filling is not None
-        while not self._sizes:
+        while True:
             if self._filling.done():
                 self._filling.result()
+            if self._sizes:
+                break
+            if self._filling.done():
                 raise MalformedBody("the rebuild has ended")
             self._more.clear()
             await self._more.wait()
@@ -202,7 +215,7 @@ class Spool:
                 self._file.write(frame)
                 self._file.flush()
             except OSError as error:
-                raise Unavailable(f"what comes can't be kept in {tempfile.gettempdir()}: {error}; nothing has changed") from error
+                raise _no_room(error) from error
             self._sizes.append(len(frame))
             self._more.set()
 
@@ -249,3 +262,7 @@ def _batch(frame: bytes, head: RebuildHead) -> FeedBatch:
     if (batch.shard, batch.incarnation, batch.to_lsn) != (head.shard, head.incarnation, head.lsn):
         raise MalformedBody("a batch of another rebuild")
     return batch
+
+
+def _no_room(error: OSError) -> Unavailable:
+    return Unavailable(f"what comes can't be kept in the temporary directory (TMPDIR): {error}; nothing has changed")

@@ -84,7 +84,8 @@ end $$;
 
 -- As in 0013; the postings are made of the staged entries. First both sides' rows are hashed, by slot of 64 in a row (`bucket`): what has
 -- the same number of rows and the same sum of hashes is the same. A row's hash is hashed once more, for the sum of records' hashes
--- doesn't tell two rows from the same two with a value exchanged.
+-- doesn't tell two rows from the same two with a value exchanged; as a text, for a number's hash has 32 bits. For the same reason numbers
+-- are also added up, or hashed as a text where there are several.
 create or replace function oncepay.take_staged(p_table text, p_key text[], p_slots int4multirange, p_lsn pg_lsn) returns bigint
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -101,8 +102,10 @@ declare
     come bigint;
 begin
     select string_agg(quote_ident(attname), ', ' order by attnum),
-           format('count(*) as n, sum(hashint8extended(hash_record_extended(row(%s), 0), 1)) as h',
-                  string_agg(quote_ident(attname), ', ' order by attnum) filter (where attname <> 'lsn')),
+           format('count(*) as n, sum(hashtextextended(hash_record_extended(row(%s), 0)::text, 0)) as h, array[%s]::numeric[] as s',
+                  string_agg(quote_ident(attname) || case atttypid when 'bigint[]'::regtype then '::text' else '' end, ', '
+                             order by attnum) filter (where attname <> 'lsn'),
+                  string_agg(format('sum(%I)', attname), ', ' order by attnum) filter (where atttypid = 'bigint'::regtype)),
            string_agg('x.' || quote_ident(attname), ', ' order by attnum) filter (where attname <> 'lsn' and attname <> all (p_key))
     into columns, hashes, content
     from pg_catalog.pg_attribute
@@ -113,7 +116,7 @@ begin
          select bucket
          from (select slot >> 6 as bucket, %3$s, max(lsn) > $2 as past from %1$s where slot <@ $1 group by 1) o
          full join (select slot >> 6 as bucket, %3$s from %2$s x group by 1) n using (bucket)
-         where o.past or (o.n, o.h) is distinct from (n.n, n.h)',
+         where o.past or (o.n, o.h, o.s) is distinct from (n.n, n.h, n.s)',
         kept, case when derived then '(' || oncepay.postings_query('pg_temp.staged_entry_rows', 'true') || ')' else staged end, hashes)
     using p_slots, p_lsn;
     if not exists (select from pg_temp.staged_buckets) then
@@ -215,3 +218,6 @@ revoke execute on function oncepay.postings_of, oncepay.coded_postings_of, oncep
     oncepay.derive_postings from public;
 revoke execute on function oncepay.take_ledger, oncepay.take_payments from public;
 grant execute on function oncepay.check_rebuild, oncepay.derive_postings, oncepay.take_ledger, oncepay.take_payments to oncepay_aggregator;
+
+-- What these functions find in pg_temp is what they made: nobody else makes temporary objects here.
+do $$ begin execute format('revoke temporary on database %I from public', current_database()); end $$;

@@ -12,6 +12,10 @@ select exists (select from oncepay.payments where slot <@ $1::int4multirange)
     or exists (select from oncepay.payment_versions where slot <@ $1::int4multirange)
     or exists (select from oncepay.payment_history_rows where slot <@ $1::int4multirange)
 
+-- name: be_patient
+-- A worker may be silent while it waits for its barrier, or reads what gives no rows; one that is gone for good is not waited for.
+select set_config('idle_in_transaction_session_timeout', '300s', true)
+
 -- name: stage
 select oncepay.stage_rebuild()
 

@@ -2,10 +2,10 @@
 
     python -m loadtest.bench.rebuilt [--entries 1000000] [--sellers 100000] [--times 1]
 
-An aggregator with its Postgres gets the tables of a shard as `oncepay shards resnapshot` sends them; backlog.py makes the
-rows before, into a file: on a real cluster the shard's node does that. With `--times 2` it happens again over what is there,
-which is forgotten first. Prints one JSON object; exits with 1 when a rebuild takes longer than eight minutes for each ten
-million entries, or an answer longer than it may.
+An aggregator with its Postgres gets the tables of a shard in batches, as workers of earlier versions sent them (`resnapshot.py`
+measures what they do now); backlog.py makes the rows before, into a file: on a real cluster the shard's node does that. With
+`--times 2` it happens again over what is there. Prints one JSON object; exits with 1 when a rebuild takes longer than eight
+minutes for each ten million entries, or an answer longer than it may.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from msgspec.structs import replace
 
 from loadtest.bench.backlog import ENTRIES_EACH, START_LSN, Shape, batches, processor_s
 from loadtest.bench.derived import MEDIAN_MAX_MS, ask
 from loadtest.bench.own_cluster import Running, cluster, machine
-from oncepay.feed import REBUILD_END, RebuildHead, encode_batch, encode_head, framed
+from oncepay.feed import REBUILD_END, FeedBatch, RebuildHead, encode_batch, encode_head, framed
 
 SECONDS_MAX = 480.0
 """For ENTRIES_OF_MAX entries."""
@@ -53,8 +54,9 @@ async def sent(place: Path) -> AsyncIterator[bytes]:
             yield chunk
 
 
-def _at_the_end(batch: Any, lsn: int) -> Any:
-    return type(batch)(batch.shard, batch.incarnation, 1, 0, lsn, batch.payments, batch.entries, batch.links)
+def _at_the_end(batch: FeedBatch, lsn: int) -> FeedBatch:
+    payments, entries, links = ([replace(row, lsn=lsn) for row in rows] for rows in (batch.payments, batch.entries, batch.links))
+    return FeedBatch(batch.shard, batch.incarnation, 1, 0, lsn, tuple(payments), tuple(entries), tuple(links))
 
 
 async def rebuild(running: Running, shape: Shape) -> dict[str, Any]:

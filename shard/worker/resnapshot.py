@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from typing import Literal
 
 import aiohttp
+import asyncpg
 import msgspec
 
 from oncepay.errors import OncepayError, ShardUnavailable
@@ -30,7 +31,8 @@ from shard.worker.stream import LeaderView
 LEADER_S = 10.0
 FENCE_S = 120.0
 """How long the barrier after the last row may take: the feed may have to connect first, and to read what its slot holds."""
-ANSWER_S = 1_800.0
+ANSWER_S = 7_200.0
+"""How long the aggregator may take after it has all rows."""
 
 _log = get_logger("resnapshot")
 
@@ -86,7 +88,7 @@ class Resnapshot:
                 progress.state = "done"
             except StandDown:
                 raise
-            except (OncepayError, TimeoutError) as error:
+            except (OncepayError, TimeoutError, asyncpg.InterfaceError) as error:
                 progress.state, progress.problem = "failed", str(error) or repr(error)
                 _log.warning("rebuild failed", problem=progress.problem)
             progress.seconds = time.monotonic() - began_s
@@ -108,6 +110,7 @@ class Resnapshot:
         async for part in snapshot.parts():
             yield framed(part.frame)
             self.progress.rows += part.rows
+        await snapshot.close()
         async with asyncio.timeout(FENCE_S):
             place = await self._feed.fence()
         if (place.host, place.port, place.timeline) != (snapshot.node.host, snapshot.node.port, snapshot.timeline):

@@ -74,12 +74,25 @@ class Part(NamedTuple):
 class Snapshot:
     """All that `node` held at `head.lsn`. `expected` is about how many rows there are, for showing progress."""
 
-    def __init__(self, head: RebuildHead, node: Node, timeline: int, expected: int, session: asyncpg.Connection) -> None:
+    def __init__(
+        self, head: RebuildHead, node: Node, timeline: int, expected: int, session: asyncpg.Connection,
+        maker: ReplicationConnection,
+    ) -> None:  # fmt: skip
         self.head = head
         self.node = node
         self.timeline = timeline
         self.expected = expected
         self._session = session
+        self._maker = maker
+        self._copying: asyncio.Task[int] | None = None
+
+    async def close(self) -> None:
+        """Let go of the view; the shard keeps nothing for it any more. A copy that runs is ended."""
+        self._session.terminate()
+        self._maker.close()
+        if self._copying is not None:
+            self._copying.cancel()
+            await asyncio.gather(self._copying, return_exceptions=True)
 
     async def parts(self) -> AsyncIterator[Part]:
         """A rebuild's body, but for its end. Raises ShardUnavailable."""
@@ -89,27 +102,30 @@ class Snapshot:
             for number, name in enumerate(self.head.copied):
                 async for part in self._copied(number, name):
                     yield part
-            async for page in self._pages("unusual_payments"):
-                yield self._batch(payments=tuple(_payment(lsn, row) for row in page))
-            async for page in self._pages("payouts"):
+            for piece in await self._pieces("oncepay.payments"):
+                async for page in self._pages(SQL["unusual_payments"].replace("{part}", piece)):
+                    yield self._batch(payments=tuple(_payment(lsn, row) for row in page))
+            async for page in self._pages(SQL["payouts"]):
                 yield self._batch(payouts=tuple(_payout(lsn, row) for row in page))
         except _FAILURES as error:
             raise ShardUnavailable(f"the shard's tables can't be read: {error!r}") from error
 
     async def _copied(self, number: int, name: str) -> AsyncIterator[Part]:
         """A table as COPY writes it, piece by piece."""
-        blocks = await self._session.fetchval(SQL["blocks"], COPIED[name])
-        for first in range(0, blocks, PIECE_BLOCKS):
-            piece = f"e.ctid >= '({first},0)' and e.ctid < '({first + PIECE_BLOCKS},0)'"
+        for piece in await self._pieces(COPIED[name]):
             parts: asyncio.Queue[bytes] = asyncio.Queue(PARTS_AHEAD)
             query = SQL[name].replace("{part}", piece).replace("{lsn}", lsn_text(self.head.lsn))
-            copying = asyncio.create_task(self._copy(query, parts))
-            try:
-                while part := await parts.get():
-                    yield Part(encode_copy(number, part))
-                yield Part(encode_copy(number), await copying)
-            finally:
-                copying.cancel()
+            self._copying = asyncio.create_task(self._copy(query, parts))
+            while part := await parts.get():
+                yield Part(encode_copy(number, part))
+            rows = await self._copying
+            yield Part(encode_copy(number), 0 if name == "payment_versions" else rows)  # payments count by themselves
+
+    async def _pieces(self, table: str) -> list[str]:
+        """Conditions for the rows `e` of a table, PIECE_BLOCKS of its blocks each. Rows that come later aren't of this view."""
+        blocks = await self._session.fetchval(SQL["blocks"], table)
+        firsts = range(0, blocks, PIECE_BLOCKS)
+        return [f"e.ctid >= '({first},0)' and e.ctid < '({first + PIECE_BLOCKS},0)'" for first in firsts]
 
     async def _copy(self, query: str, parts: asyncio.Queue[bytes]) -> int:
         """Put what COPY writes into `parts`, and an empty one at the end, or after what went wrong; how many rows."""
@@ -121,8 +137,8 @@ class Snapshot:
         await parts.put(b"")
         return int(told.removeprefix("COPY "))
 
-    async def _pages(self, table: str) -> AsyncIterator[Sequence[Any]]:
-        cursor = await self._session.cursor(SQL[table])
+    async def _pages(self, query: str) -> AsyncIterator[Sequence[Any]]:
+        cursor = await self._session.cursor(query)
         while page := await cursor.fetch(PAGE_ROWS):
             yield page
 
@@ -159,15 +175,20 @@ async def open_snapshot(
         assert exported is not None
         session = await _session(node, connect)
         try:
-            async with session.transaction(isolation="repeatable_read", readonly=True):
-                await session.execute(f"set transaction snapshot '{exported}'")
-                await session.execute("set local idle_in_transaction_session_timeout = 0")  # the aggregator sets the pace
-                await session.execute("set local enable_seqscan = on")
-                slots = tuple((row[0], row[1]) for row in await session.fetch(SQL["ranges"]))
-                expected = int(await session.fetchval(SQL["expected"]))
-                head = RebuildHead(shard, incarnation, epoch, parse_lsn(point), slots, tuple(COPIED))
-                _log.info("snapshot taken", node=node.name, lsn=lsn_text(head.lsn), slots=slots, expected=expected)
-                yield Snapshot(head, node, int(timeline), expected, session)
+            # Its end is the session's: a rollback would be refused where a copy is cut off.
+            await session.execute("begin isolation level repeatable read read only")
+            await session.execute(f"set transaction snapshot '{exported}'")
+            await session.execute("set local idle_in_transaction_session_timeout = 0")  # the aggregator sets the pace
+            await session.execute("set local enable_seqscan = on")
+            slots = tuple((row[0], row[1]) for row in await session.fetch(SQL["ranges"]))
+            expected = int(await session.fetchval(SQL["expected"]))
+            head = RebuildHead(shard, incarnation, epoch, parse_lsn(point), slots, tuple(COPIED))
+            _log.info("snapshot taken", node=node.name, lsn=lsn_text(head.lsn), slots=slots, expected=expected)
+            snapshot = Snapshot(head, node, int(timeline), expected, session, maker)
+            try:
+                yield snapshot
+            finally:
+                await snapshot.close()
         finally:
             session.terminate()
     finally:

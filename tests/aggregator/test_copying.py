@@ -31,7 +31,7 @@ EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 @settings(REAL, max_examples=15)
 @given(rows=st.lists(ROW, min_size=1, max_size=5))
-async def test_what_is_copied_is_what_was_meant(connection: asyncpg.Connection, rows: list[tuple[object, ...]]) -> None:
+async def test_what_is_copied_is_what_was_meant(aggregator_dsn: str, rows: list[tuple[object, ...]]) -> None:
     a, b, c, d, e, f, g, h, i, *_ = map(list, zip(*rows, strict=True))
     columns = [
         copying.joined(copying.texts(a), copying.optional_texts(b)),
@@ -43,10 +43,13 @@ async def test_what_is_copied_is_what_was_meant(connection: asyncpg.Connection, 
         copying.joined(copying.words(a), copying.fixed(("boolean", [text == "" for text in a]))),
     ]
     body = copying.HEADER + copying.rows(12, columns, copying.text("first")) + copying.TRAILER
-    await connection.execute("drop table if exists pg_temp.copied")
-    await connection.execute(TABLE)
-    await connection.copy_to_table("copied", source=io.BytesIO(body), format="binary")
-    found = [tuple(row) for row in await connection.fetch("select * from copied")]
+    owner = await asyncpg.connect(aggregator_dsn)
+    try:
+        await owner.execute(TABLE)
+        await owner.copy_to_table("copied", source=io.BytesIO(body), format="binary")
+        found = [tuple(row) for row in await owner.fetch("select * from copied")]
+    finally:
+        await owner.close()
     told = [("first", *row, row[0], row[0] == "") for row in rows]
     assert [(*row[:7], (row[7] - EPOCH) // dt.timedelta(microseconds=1), *row[8:]) for row in found] == told
 

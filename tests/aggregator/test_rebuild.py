@@ -328,6 +328,10 @@ WRONG = {
     " from oncepay.entry_rows where key = 'k1'",
     "two payments' times exchanged": "update oncepay.payments p set created_at = o.created_at, updated_at = o.updated_at"
     " from oncepay.payments o where (p.key, o.key) in (('k1', 'k4'), ('k4', 'k1'))",
+    "an amount read without its sign": "update oncepay.seller_postings set fee = fee - (1::bigint << 32)"
+    " where key = 'k1' and fee > 0",
+    "amounts read without their sign": "update oncepay.entry_rows"
+    " set amounts = array(select case when a < 0 then a + (1::bigint << 32) else a end from unnest(amounts) a) where key = 'k1'",
     "a position of another log": "update oncepay.entry_rows set lsn = '9/0' where key = 'k1'",
     "all is right": "select 1",
 }
@@ -368,6 +372,29 @@ async def _places(owner: asyncpg.Connection) -> set[tuple[str, str, str]]:
     for table in ("entry_rows", "seller_postings", "link_rows", "payments", "payment_versions"):
         found |= {(table, *row) for row in await owner.fetch(f"select key, ctid::text || xmin::text from oncepay.{table}")}
     return found
+
+
+async def test_slots_next_to_the_rebuilt_ones_are_left_alone(aggregator_dsn: str, connection: asyncpg.Connection) -> None:
+    """They are compared together with them."""
+    histories = []
+    for shard, slot in (("s1", 65), ("s0", 66), ("s1", 67)):
+        history = paid(shard, f"k{slot}")
+        past = sum(each.lsn for each in histories)
+        history.payments = [replace(row, slot=slot, lsn=row.lsn + past) for row in history.payments]
+        history.entries = [replace(row, slot=slot, lsn=row.lsn + past) for row in history.entries]
+        history.lsn += past
+        await apply.apply(connection, history.batch(histories[0].lsn if slot == 67 else 1000, history.lsn))
+        histories.append(history)
+    histories.sort(key=lambda history: history.lsn)
+    owner = await asyncpg.connect(aggregator_dsn)
+    right, places = await held(connection), await _places(owner)
+    await owner.execute("update oncepay.payments set amount = 1 where key in ('k66')")
+    await owner.execute("update oncepay.seller_postings set amount = amount + 1 where key in ('k66')")
+    before = await held(connection)
+    await rebuilt(connection, "s0", body(histories[1], slots=((66, 66),)))
+    assert await held(connection) == right != before
+    assert {key for _, key, _ in places - await _places(owner)} == {"k66"}
+    await owner.close()
 
 
 @pytest.mark.parametrize("there", [False, True])

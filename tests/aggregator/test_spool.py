@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 
 import pytest
@@ -50,27 +49,34 @@ async def test_what_is_taken_as_it_comes_takes_no_room() -> None:
         assert await spool.frame() == b""
 
 
-async def test_a_body_without_its_end_is_cut_off_after_its_frames() -> None:
-    async with Spool(body(FRAMES[:3], b"\0\0\0\7cut")) as spool:
-        assert [await spool.frame() for _ in range(3)] == FRAMES[:3]
+async def test_a_body_without_its_end_is_refused_at_once() -> None:
+    """Whoever takes frames has work with each, and locks."""
+    stream = asyncio.StreamReader()
+    async with Spool(stream) as spool, asyncio.timeout(10):
+        stream.feed_data(framed(FRAMES[0]))
+        assert await spool.frame() == FRAMES[0]
+        stream.feed_data(framed(FRAMES[1]) + b"\0\0\0\7cut")
+        stream.feed_eof()
+        while not stream.at_eof():
+            await asyncio.sleep(0)
         with pytest.raises(MalformedBody, match="cut off"):
             await spool.frame()
 
 
-async def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with Spool(body(FRAMES[:3])) as spool:
+async def test_a_full_disk_is_told() -> None:
+    """Also where it shows when what was written goes there, and once more at the end."""
 
-        def full(data: bytes) -> int:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(spool, "_file", _Full(spool._file, full))
-        with pytest.raises(Unavailable, match="No space left"):
+    async def taken() -> None:
+        async with Spool(body(FRAMES[:3])) as spool:
+            spool._file.close()
+            spool._file = open("/dev/full", "w+b")  # noqa: SIM115
             await spool.frame()
 
+    with pytest.raises(Unavailable, match="No space left"):
+        await taken()
 
-class _Full:
-    """A file that takes no more."""
 
-    def __init__(self, file: object, write: object) -> None:
-        self.close = file.close  # type: ignore[attr-defined]
-        self.write = write
+async def test_a_directory_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    with pytest.raises(Unavailable, match="TMPDIR"):
+        Spool(body(FRAMES[:3]))

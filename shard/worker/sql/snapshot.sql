@@ -15,9 +15,10 @@ select slot, key, status, version, buyer, currency, amount, amount_captured, amo
        coalesce(course, progress::text),
        (extract(epoch from created_at) * 1000000)::bigint, (extract(epoch from updated_at) * 1000000)::bigint,
        (extract(epoch from expires_at) * 1000000)::bigint, open_work, event, actor
-from oncepay.payments p
-where (coalesce(agreed, '{') like '{%' or strpos(agreed, '\u0000') > 0 or coalesce(course, '{') like '{%')
-    and exists (select from oncepay.ranges r where p.slot between r.first and r.last)
+from oncepay.payments e
+where not coalesce(
+        e.agreed like '[%' and strpos(e.agreed, '\u0000') = 0 and e.course like '[%' and strpos(e.course, '\u0000') = 0, false)
+    and {part} and exists (select from oncepay.ranges r where e.slot between r.first and r.last)
 
 -- name: blocks
 select pg_relation_size($1::text::regclass) / current_setting('block_size')::bigint
@@ -35,8 +36,8 @@ select $1::text, e.key, e.slot, e.version, e.amount, e.amount_captured, e.amount
        (select coalesce(sum(fee::bigint), 0)::bigint from jsonb_array_elements(t.agreed -> 1) f (fee)),
        nullif((e.course::json -> 6)::text, 'null')
 from oncepay.payments e cross join lateral (select e.agreed::jsonb as agreed offset 0) t
-where e.agreed like '[%' and strpos(e.agreed, '\u0000') = 0 and e.course like '[%' and {part}
-    and exists (select from oncepay.ranges r where e.slot between r.first and r.last)
+where e.agreed like '[%' and strpos(e.agreed, '\u0000') = 0 and e.course like '[%' and strpos(e.course, '\u0000') = 0
+    and {part} and exists (select from oncepay.ranges r where e.slot between r.first and r.last)
 
 -- name: entry_rows
 -- The kind is where `oncepay.entry_rows` keeps it.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import aiohttp
 import asyncpg
 import pytest
+from aiohttp import web
 from msgspec.structs import replace
 
 from aggregator.fold import fold
@@ -214,7 +215,7 @@ async def test_all_comes_out_of_the_tables_as_the_feed_had_brought_it(
         await database.execute("truncate oncepay.payment_versions, " + ", ".join(f"oncepay.{table}" for table in DERIVED))
         await resnapshot.rebuild()
         assert {table: await all_of(database, table) for table in DERIVED} == before
-        assert resnapshot.progress.rows == 152 + 152 + 141
+        assert resnapshot.progress.rows == 152 + 142 + 1
         last = "select key, version, status, event, actor from oncepay.{} order by key, version"
         assert await database.fetch(last.format("payment_history")) == await shard.connection.fetch(last.format("payments"))
 
@@ -257,12 +258,107 @@ select slot, key, 'fee:a "quoted" é', 'stripe_fee', 'usd', 'txn_1', array['stri
        array['', ''], now()
 from oncepay.payments where key = 'k0'
 """,
+    """
+insert into oncepay.entries (slot, key, entry_id, currency, accounts, amounts, created_at, balance_transaction, fee)
+select slot, key, 'refund:re_1', 'usd', array['C', 'Pann', 'Fann', 'Fplatform'], array[-100, 80, 15, 5], now(), 'txn_2', -7
+from oncepay.payments where key = 'k1'
+""",
+    "insert into oncepay.balance_links (slot, key, entry_id, balance_transaction, created_at)"
+    " select slot, key, 'payment', 'txn_é', now() from oncepay.payments where key = 'k2'",
+    # What no JSON of Postgres can hold.
+    "update oncepay.payments set course = replace(course, 'card_declined', 'card\\u0000declined'), version = version + 1"
+    " where course like '%card_declined%'",
 )
 
 
 async def all_of(database: asyncpg.Connection, table: str) -> set[str]:
     """A table's rows, whatever position they came by."""
     return {row[0] for row in await database.fetch(f"select (to_jsonb(t) - 'lsn')::text from oncepay.{table} t")}
+
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def refuse(request: web.Request) -> web.StreamResponse:
+    """At once, while the worker has more to send than fits."""
+    return web.Response(status=409, text="not you")
+
+
+async def go_away(request: web.Request) -> web.StreamResponse:
+    """In the middle of a table."""
+    await request.content.readexactly(1 << 20)
+    assert request.transport is not None
+    request.transport.abort()
+    raise asyncio.CancelledError
+
+
+async def take_time(request: web.Request) -> web.StreamResponse:
+    """Enough for the shard's node to end the session that reads."""
+    await request.content.readexactly(1 << 20)
+    await asyncio.sleep(3)
+    await request.content.read()
+    raise AssertionError
+
+
+@pytest.mark.parametrize("answer", [refuse, go_away, take_time])
+async def test_a_rebuild_that_breaks_in_the_middle_of_a_copy_is_a_failed_rebuild_and_no_more(
+    shard: ShardDatabase, aggregator: RunningAggregator, answer: Answer
+) -> None:
+    """The worker lives on, keeps nothing open at the shard, and does the next one."""
+    await pay(shard, "k")
+    await shard.connection.execute(
+        "select pg_replication_origin_create('planted'), pg_replication_origin_session_setup('planted')"
+    )
+    await shard.connection.execute(MANY)
+    await shard.connection.execute("select pg_replication_origin_session_reset(), pg_replication_origin_drop('planted')")
+    app = web.Application()
+    app.router.add_post(f"/v1/feed/{SHARD}/rebuild", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
+        honest, resnapshot._settings = (
+            resnapshot._settings,
+            replace(resnapshot._settings, aggregator_url=f"http://127.0.0.1:{port}"),
+        )
+        running = asyncio.create_task(resnapshot.run())
+        resnapshot.ask()
+        if answer is take_time:
+            await eventually(lambda: reading(shard), "a table is read")
+            await asyncio.sleep(0.5)
+            await shard.connection.execute(f"select pg_terminate_backend(pid) from ({READING}) r")
+        await eventually(lambda: resnapshot.progress.state == "failed", "the rebuild failed")
+        assert resnapshot.progress.problem
+        assert not running.done()
+        await eventually(lambda: nothing_open(shard), "nothing is left open")
+        resnapshot._settings = honest
+        resnapshot.ask()
+        await eventually(lambda: resnapshot.progress.state == "done", "the next one is done")
+        await eventually(lambda: is_the_fold(shard, aggregator), "the aggregator is the fold")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    await runner.cleanup()
+
+
+MANY = """
+insert into oncepay.entries (slot, key, entry_id, kind, currency, source, accounts, amounts, created_at)
+select p.slot, p.key, 'adjusted:' || n, 'adjusted', 'usd', repeat(n::text, 1000 / length(n::text)), array['C', 'Pann'], array[n, -n],
+       now()
+from oncepay.payments p cross join generate_series(1, 12000) n where p.key = 'k'
+"""
+READING = "select pid from pg_stat_activity where state = 'active' and query ilike 'copy (%oncepay.entries%'"
+
+
+async def reading(shard: ShardDatabase) -> bool:
+    return bool(await shard.connection.fetchval(f"select exists ({READING})"))
+
+
+async def nothing_open(shard: ShardDatabase) -> bool:
+    """Neither a session that reads nor a slot for it."""
+    slots = await shard.connection.fetchval("select count(*) from pg_replication_slots where temporary")
+    return slots == 0 and not await reading(shard)
 
 
 async def test_an_aggregator_that_refuses_in_the_middle_of_a_copy(
