@@ -344,8 +344,8 @@ async def test_a_rebuild_that_breaks_in_the_middle_of_a_copy_is_a_failed_rebuild
 
 MANY = """
 insert into oncepay.entries (slot, key, entry_id, kind, currency, source, accounts, amounts, created_at)
-select p.slot, p.key, 'adjusted:' || n, 'adjusted', 'usd', repeat(n::text, 1000 / length(n::text)), array['C', 'Pann'], array[n, -n],
-       now()
+select p.slot, p.key, 'adjusted:' || n, 'adjusted', 'usd', repeat(n::text, 1000 / length(n::text)),
+       array['C', 'Pann'], array[n, -n], now()
 from oncepay.payments p cross join generate_series(1, 12000) n where p.key = 'k'
 """
 READING = "select pid from pg_stat_activity where state = 'active' and query ilike 'copy (%oncepay.entries%'"
