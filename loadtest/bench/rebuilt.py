@@ -55,8 +55,10 @@ async def sent(place: Path) -> AsyncIterator[bytes]:
 
 
 def _at_the_end(batch: FeedBatch, lsn: int) -> FeedBatch:
-    payments, entries, links = ([replace(row, lsn=lsn) for row in rows] for rows in (batch.payments, batch.entries, batch.links))
-    return FeedBatch(batch.shard, batch.incarnation, 1, 0, lsn, tuple(payments), tuple(entries), tuple(links))
+    payments = tuple(replace(row, lsn=lsn) for row in batch.payments)
+    entries = tuple(replace(row, lsn=lsn) for row in batch.entries)
+    links = tuple(replace(row, lsn=lsn) for row in batch.links)
+    return FeedBatch(batch.shard, batch.incarnation, 1, 0, lsn, payments, entries, links)
 
 
 async def rebuild(running: Running, shape: Shape) -> dict[str, Any]:

@@ -376,7 +376,7 @@ async def _places(owner: asyncpg.Connection) -> set[tuple[str, str, str]]:
 
 async def test_slots_next_to_the_rebuilt_ones_are_left_alone(aggregator_dsn: str, connection: asyncpg.Connection) -> None:
     """They are compared together with them."""
-    histories = []
+    histories: list[History] = []
     for shard, slot in (("s1", 65), ("s0", 66), ("s1", 67)):
         history = paid(shard, f"k{slot}")
         past = sum(each.lsn for each in histories)
