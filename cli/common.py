@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -56,6 +57,26 @@ def fail(code: int, message: str, *, as_json: bool, slug: str = "wrong") -> None
         click.echo(json.dumps({"ok": False, "error": {"type": slug, "detail": message}}))
     click.echo(f"oncepay: {message}", err=True)
     raise SystemExit(code)
+
+
+class Refused(OncepayError):
+    """A service refused."""
+
+    slug = "refused"
+
+
+@contextlib.contextmanager
+def client_errors() -> Iterator[None]:
+    """What `oncepay.client` raises, as errors that `handle_errors` tells. Raises Refused or Unavailable."""
+    from oncepay.client import Problem, Unreachable
+
+    try:
+        yield
+    except Problem as problem:
+        field = f" ({problem.field})" if problem.field else ""
+        raise Refused(f"{problem.slug}{field}: {problem.detail or problem.title}") from problem
+    except Unreachable as error:
+        raise Unavailable(str(error)) from error
 
 
 def handle_errors(command: Callable[P, R]) -> Callable[P, R]:

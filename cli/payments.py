@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import msgspec
 
-from cli.common import handle_errors, home, output_option
-from oncepay.errors import OncepayError, Unavailable
+from cli.common import client_errors, handle_errors, home, output_option
 
 if TYPE_CHECKING:
     from oncepay.client import Oncepay, PaymentView
@@ -27,12 +26,6 @@ key_option = click.option(
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="A file with the API key. By default the local cluster's.",
 )
-
-
-class Refused(OncepayError):
-    """The router refused."""
-
-    slug = "refused"
 
 
 @click.group(short_help="Look at payments, make one, give one up or back.")
@@ -201,7 +194,7 @@ def _item(text: str) -> dict[str, Any]:
 
 def _run(url: str | None, api_key_file: Path | None, work: Callable[[Oncepay], Awaitable[T]], aggregator: str | None = None) -> T:
     """Do `work` with a client of the cluster. Raises Refused, Unavailable, or the local cluster's errors."""
-    from oncepay.client import Oncepay, Problem, Unreachable
+    from oncepay.client import Oncepay
 
     if url is None or api_key_file is None:
         from deploy.local import Cluster
@@ -217,13 +210,8 @@ def _run(url: str | None, api_key_file: Path | None, work: Callable[[Oncepay], A
         async with Oncepay(router=url, aggregator=aggregator or "", api_key=api_key, deadline_s=DEADLINE_S) as client:
             return await work(client)
 
-    try:
+    with client_errors():
         return asyncio.run(run())
-    except Problem as problem:
-        field = f" ({problem.field})" if problem.field else ""
-        raise Refused(f"{problem.slug}{field}: {problem.detail or problem.title}") from problem
-    except Unreachable as error:
-        raise Unavailable(str(error)) from error
 
 
 def _print(payment: PaymentView, output: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.common import WRONG, handle_errors, home, output_option
+from cli.common import WRONG, client_errors, handle_errors, home, output_option
 from oncepay.errors import OncepayError
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def reconcile(
         click.echo(json.dumps(asked) if output == "json" else f"would compare {begin} to {to}, and book what no payment caused")
         return
     status = Cluster(home()).status()
-    result = asyncio.run(_reconcile(status, begin, to, grace_s, csv_file, quiet=output == "json"))
+    with client_errors():
+        result = asyncio.run(_reconcile(status, begin, to, grace_s, csv_file, quiet=output == "json"))
     if output == "json":
         click.echo(json.dumps(result))
     else:

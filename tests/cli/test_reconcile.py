@@ -38,6 +38,16 @@ def run(*args: str) -> dict[str, Any]:
 
 
 @pytest.mark.cluster
+def test_a_period_that_has_not_ended_is_refused_in_a_line(cluster: Cluster, home: None) -> None:
+    result = CliRunner().invoke(reconcile, ["--to", "2999-01-01"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("oncepay: invalid-field")
+    assert last.endswith("ends in the future")
+
+
+@pytest.mark.cluster
 async def test_what_no_payment_caused_is_booked_once(cluster: Cluster, home: None, tmp_path: Path) -> None:
     status = cluster.status()
     headers = {"Authorization": "Bearer sk_test_books"}
