@@ -51,7 +51,8 @@ class Reads(Protocol):
 async def rebuild(connection: asyncpg.Connection, shard: str, body: Reads) -> FeedPosition:
     """Replace what is derived from `shard` by the rows of `body`; its position is the head's then.
 
-    Raises MalformedBody when the body is cut off or isn't one, EpochEnded for a worker that was replaced.
+    Raises MalformedBody when the body is cut off or isn't one, EpochEnded for a worker that was replaced, Unavailable when
+    there is no room for what comes.
     """
     head = _head(await _frame(body), shard)
     try:
@@ -93,7 +94,7 @@ class _Rebuild:
             await self._check(copier, "payments", "payment_versions")
         if self._staged:
             self._changed |= dict(await connection.fetch(SQL["take_payments"], slots, head.lsn))
-        await connection.execute(SQL["forget_versions"], slots)
+            await connection.execute(SQL["forget_versions"], slots)
         await connection.execute(SQL["set_watermark"], head.shard, head.incarnation, head.epoch, head.lsn)
         return {"rows": copier.rows.total(), "changed": self._changed, "sums_of": self._affected}
 

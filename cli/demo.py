@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.common import WRONG, handle_errors, home, output_option, port_base
+from cli.common import WRONG, client_errors, handle_errors, home, output_option, port_base
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,8 @@ def demo(count: int, seed: int, speed: float | None, reshard: bool, keep: bool, 
         startup_s = time.monotonic() - began_s
         status = cluster.status()
         set_faults(status, seed)
-        result = asyncio.run(run(status, count, seed, speed, console, cluster, reshard=reshard))
+        with client_errors():
+            result = asyncio.run(run(status, count, seed, speed, console, cluster, reshard=reshard))
         result["startup_seconds"] = round(startup_s, 1)
         if output == "json":
             click.echo(json.dumps(public(result)))

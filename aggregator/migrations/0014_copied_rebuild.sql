@@ -214,6 +214,19 @@ create or replace function oncepay.forget_versions(p_slots int4multirange) retur
     where v.ctid = past.place and v.first_version <= past.version;
 $$;
 
+-- As in 0013. Without rows of before 0011 the entries aren't gone through for them.
+create or replace function oncepay.settle_postings(p_shards text[], p_shard text, p_lsn pg_lsn) returns void
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+begin
+    update oncepay.seller_postings set lsn = '0/0' where shard = p_shard and lsn > p_lsn;
+    if exists (select from oncepay.seller_postings where shard is null) then
+        update oncepay.seller_postings s
+        set shard = e.shard, lsn = '0/0', debit = a.debit, credit = a.credit, named = a.named
+        from oncepay.entries e cross join lateral oncepay.postings_of(e.accounts, e.amounts, e.sellers) a
+        where s.shard is null and e.shard = any (p_shards) and e.key = s.key and e.entry_id = s.entry_id and a.seller = s.seller;
+    end if;
+end $$;
+
 revoke execute on function oncepay.postings_of, oncepay.coded_postings_of, oncepay.check_rebuild, oncepay.postings_query,
     oncepay.derive_postings from public;
 revoke execute on function oncepay.take_ledger, oncepay.take_payments from public;

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from typing import Literal
 
 import aiohttp
-import asyncpg
 import msgspec
 
 from oncepay.errors import OncepayError, ShardUnavailable
@@ -88,7 +87,7 @@ class Resnapshot:
                 progress.state = "done"
             except StandDown:
                 raise
-            except (OncepayError, TimeoutError, asyncpg.InterfaceError) as error:
+            except (OncepayError, TimeoutError) as error:
                 progress.state, progress.problem = "failed", str(error) or repr(error)
                 _log.warning("rebuild failed", problem=progress.problem)
             progress.seconds = time.monotonic() - began_s

@@ -175,13 +175,7 @@ async def open_snapshot(
         assert exported is not None
         session = await _session(node, connect)
         try:
-            # Its end is the session's: a rollback would be refused where a copy is cut off.
-            await session.execute("begin isolation level repeatable read read only")
-            await session.execute(f"set transaction snapshot '{exported}'")
-            await session.execute("set local idle_in_transaction_session_timeout = 0")  # the aggregator sets the pace
-            await session.execute("set local enable_seqscan = on")
-            slots = tuple((row[0], row[1]) for row in await session.fetch(SQL["ranges"]))
-            expected = int(await session.fetchval(SQL["expected"]))
+            slots, expected = await _begin(session, exported)
             head = RebuildHead(shard, incarnation, epoch, parse_lsn(point), slots, tuple(COPIED))
             _log.info("snapshot taken", node=node.name, lsn=lsn_text(head.lsn), slots=slots, expected=expected)
             snapshot = Snapshot(head, node, int(timeline), expected, session, maker)
@@ -193,6 +187,20 @@ async def open_snapshot(
             session.terminate()
     finally:
         maker.close()
+
+
+async def _begin(session: asyncpg.Connection, exported: str) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Take the view; the shard's ranges in it, and about how many rows there are. It ends with the session: a rollback would be
+    refused where a copy is cut off."""
+    try:
+        await session.execute("begin isolation level repeatable read read only")
+        await session.execute(f"set transaction snapshot '{exported}'")
+        await session.execute("set local idle_in_transaction_session_timeout = 0")  # the aggregator sets the pace
+        await session.execute("set local enable_seqscan = on")
+        slots = tuple((row[0], row[1]) for row in await session.fetch(SQL["ranges"]))
+        return slots, int(await session.fetchval(SQL["expected"]))
+    except _FAILURES as error:
+        raise ShardUnavailable(f"the shard's tables can't be read: {error!r}") from error
 
 
 async def _session(node: Node, connect: Connect) -> asyncpg.Connection:
