@@ -1,5 +1,5 @@
 # What a person can do here. `make` alone lists it.
-PYTHON ?= python3
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,7 +15,7 @@ WITH_PROCESSES := tests/deploy tests/keygen tests/sandbox
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-$(STAMP): requirements.txt pyproject.toml deploy/find_python.sh
+$(STAMP): requirements.txt pyproject.toml deploy/find_python.sh deploy/python_speed.py
 	@PYTHON="$(PYTHON)" sh deploy/find_python.sh $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
