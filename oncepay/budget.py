@@ -59,6 +59,9 @@ WEIGHTS: Mapping[str, Mapping[Role, float]] = {
 LEDGER = ("balance_transactions", "payouts")
 """Lists with a limit of their own, which only a reconciliation reads."""
 
+LOOK_S = 0.1
+"""How long who waits may sleep at a time: a share that has grown is seen then, and a wait that was too long."""
+
 _log = get_logger("budget")
 
 SPENT = Counter("oncepay_stripe_budget_spent_total", "Requests sent to Stripe.", ["endpoint"])
@@ -93,7 +96,7 @@ class Share:
         self._spent = SPENT.labels(endpoint)
         self._waiting_now = WAITING.labels(endpoint)
         self._next_s = 0.0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[None], float]] = deque()
         self._pump: asyncio.Task[None] | None = None
 
     def set_rate(self, rate_per_s: float) -> None:
@@ -108,15 +111,11 @@ class Share:
         if len(self._waiting) >= WAITING_MAX:
             raise BudgetShort(f"{WAITING_MAX} requests wait for the rate budget of {self.endpoint}")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
+        self._waiting.append((future, time.monotonic() + WAIT_MAX_S))
         self._waiting_now.set(len(self._waiting))
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._release())
-        try:
-            async with asyncio.timeout(WAIT_MAX_S):
-                await future
-        except TimeoutError:
-            raise BudgetShort(f"the rate budget of {self.endpoint} had no room for {WAIT_MAX_S:.0f} s") from None
+        await future
 
     def _spend(self) -> bool:
         now_s = time.monotonic()
@@ -130,16 +129,20 @@ class Share:
         return True
 
     async def _release(self) -> None:
-        """Lets the waiting go, one after the other, as the rate allows."""
+        """Lets the waiting go, one after the other, as the rate allows; who has waited for too long goes without."""
         while self._waiting:
-            future = self._waiting[0]
+            future, until_s = self._waiting[0]
             if future.done():
                 self._waiting.popleft()
+            elif time.monotonic() >= until_s:
+                self._waiting.popleft()
+                future.set_exception(BudgetShort(f"the rate budget of {self.endpoint} had no room for {WAIT_MAX_S:.0f} s"))
             elif self._spend():
                 self._waiting.popleft()
                 future.set_result(None)
             else:
-                await asyncio.sleep(min(0.1, max(0.001, self._next_s - time.monotonic())))
+                pause_s = self._next_s - time.monotonic() if self.rate_per_s > 0 else LOOK_S
+                await asyncio.sleep(min(LOOK_S, max(0.001, pause_s)))
         self._waiting_now.set(0)
 
 

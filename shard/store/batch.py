@@ -164,7 +164,10 @@ class Batcher:
         self._stopping = False
         self._sent_s = 0.0
         self._sent_rows = 0
-        self._crowded = asyncio.Event()
+        self._sooner = asyncio.Event()
+        """A crowd has come, or the batch in flight has ended: the next one may go sooner than was thought."""
+        self._turn = asyncio.Lock()
+        """Of the writer that waits for the next batch."""
         self._done = BATCHES.labels(shard, "done")
         self._rows = ROWS.labels(shard)
         self._seconds = SECONDS.labels(shard)
@@ -221,7 +224,7 @@ class Batcher:
         self._waiting.append(operation)
         self._arrived.set()
         if len(self._waiting) >= CROWD:
-            self._crowded.set()
+            self._sooner.set()
         try:
             return await operation.future
         except asyncio.CancelledError:
@@ -238,18 +241,22 @@ class Batcher:
         """One writer: takes what has come in, sends it, answers. It never ends but by being canceled while idle."""
         connection: asyncpg.Connection | None = None
         while not self._stopping:
-            await self._wanted()
-            if connection is None or connection.is_closed():
+            async with self._turn:  # or each of them would have a timer for the same batch
+                await self._wanted()
+                is_open = connection is not None and not connection.is_closed()
+                batch = self._take() if is_open else []
+                if batch:
+                    self._busy += 1
+                    self._sent_s, self._sent_rows = time.monotonic(), len(batch)
+            if not is_open:
                 connection = await self._session()
-                continue
-            batch = self._take()
-            if batch:
-                self._busy += 1
-                self._sent_s, self._sent_rows = time.monotonic(), len(batch)
+            elif batch:
+                assert connection is not None
                 try:
                     await self._send(connection, batch)
                 finally:
                     self._busy -= 1
+                    self._sooner.set()
 
     async def _wanted(self) -> None:
         """Return when a batch is to be sent: something waits, and no other batch is in flight, or a crowd waits behind it."""
@@ -261,10 +268,10 @@ class Batcher:
             patience_s = self._sent_s + bound_s - time.monotonic()
             if patience_s <= 0:
                 return
-            self._crowded.clear()
+            self._sooner.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience_s):
-                    await self._crowded.wait()
+                    await self._sooner.wait()
 
     async def _session(self) -> asyncpg.Connection | None:
         """A session on the leader, or None after a pause. Operations wait meanwhile; their callers have bounds."""

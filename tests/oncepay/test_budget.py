@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oncepay.breaker import Breaker
-from oncepay.budget import SETTLE_S, WEIGHTS, Budget, Role, Share, dealt, endpoint_of, share_of
+from oncepay.budget import SETTLE_S, WEIGHTS, Budget, BudgetShort, Role, Share, dealt, endpoint_of, share_of
 from oncepay.errors import StripeUnavailable
 from oncepay.etcd import Etcd
 from oncepay.settings import EtcdSettings, StripeSettings
@@ -82,6 +82,24 @@ async def test_without_a_share_nothing_is_sent() -> None:
     await asyncio.wait_for(waiting, 1)
 
 
+async def test_who_waits_too_long_for_a_turn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oncepay.budget.WAIT_MAX_S", 0.3)
+    share = Share("create")
+    early = [asyncio.create_task(share.take()) for _ in range(3)]
+    await asyncio.sleep(0.2)
+    late = asyncio.create_task(share.take())
+    async with asyncio.timeout(2):
+        found = await asyncio.gather(*early, return_exceptions=True)
+    assert [type(each) for each in found] == [BudgetShort] * 3
+    assert "no room" in str(found[0])
+    assert not late.done()
+    share.set_rate(1000)
+    async with asyncio.timeout(2):
+        await late
+        assert share._pump is not None
+        await share._pump
+
+
 async def test_a_caller_canceled_as_its_turn_comes_ends() -> None:
     """`asyncio.wait_for` of Python 3.11 forgets a cancellation that comes with the result: who calls in a loop never ends."""
     share = Share("create")
@@ -94,7 +112,7 @@ async def test_a_caller_canceled_as_its_turn_comes_ends() -> None:
     await asyncio.sleep(0)
     assert share._pump is not None
     share.set_rate(1000)
-    turn = share._waiting[0]
+    turn, _ = share._waiting[0]
     turn.add_done_callback(lambda _: asking.cancel())  # in the same round of the loop that the turn comes
     async with asyncio.timeout(2):
         done, _ = await asyncio.wait({asking}, timeout=1)

@@ -283,3 +283,19 @@ async def test_what_may_wait_has_a_bound(
             await store.accept(make())
     answers = await asyncio.wait_for(asyncio.gather(*busy, *waiting[4:], *more), 15)
     assert all(created for _, created in answers)
+
+
+async def test_what_waits_behind_a_batch_goes_when_it_has_ended(
+    cluster: Cluster, store: Shards, leader: asyncpg.Connection, make: MakePayment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not when its patience is over: that is for a batch that doesn't end."""
+    monkeypatch.setattr(batch, "PATIENCE_S", 60.0)
+    batcher = store.batcher(SHARD)
+    with frozen(await receivers(cluster, standbys(leader_node(store).name))):
+        first = task(store.accept(make()))
+        await waiting_commit(leader, "test")
+        second = task(store.accept(make()))
+        await asyncio.sleep(0.3)
+        assert len(batcher._waiting) == 1
+    answers = await asyncio.wait_for(asyncio.gather(first, second), 10)
+    assert all(created for _, created in answers)
