@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ MODULES = {
 STATELESS_REPLICAS = 2
 NODE_STOP_S = 25
 SERVICE_STOP_S = 20
+BUFFERS_ENV = "ONCEPAY_NODE_SHARED_BUFFERS"
+"""The cache of each node's Postgres, where a laptop's doesn't fit."""
 ETCD_HEARTBEAT_MS = 250
 ETCD_ELECTION_MS = 1500
 """Fewer heartbeats for a quiet laptop. A new leader is there within 3 s, well within what Patroni waits for etcd."""
@@ -310,6 +313,7 @@ class Plan:
             database=self.settings.postgres.database,
             client_network=self.network.subnet if self.network else "127.0.0.1/32",
             archive=self.layout.backups(shard) / "wal",
+            tuning=patroni.Tuning(os.environ.get(BUFFERS_ENV) or patroni.Tuning.shared_buffers),
             restore=folder / "restore.json" if shard in self.restores else None,
         )
 

@@ -18,8 +18,8 @@ import msgspec
 from oncepay.settings import Settings, load
 
 DEFAULT_BASE, SPAN, BASES = 8080, 70, 10
-BUFFERS_ENV = "ONCEPAY_AGGREGATOR_SHARED_BUFFERS"
-"""As deploy/postgres.py reads it."""
+BUFFERS_ENV, NODE_BUFFERS_ENV = "ONCEPAY_AGGREGATOR_SHARED_BUFFERS", "ONCEPAY_NODE_SHARED_BUFFERS"
+"""As deploy/postgres.py and deploy/local/parts.py read them."""
 KEYS_AT_ONCE = 10_000
 BUYERS = 1000
 
@@ -70,11 +70,13 @@ def oncepay(environment: dict[str, str], *arguments: str) -> tuple[int, dict[str
 
 
 @contextlib.contextmanager
-def cluster(name: str, *options: str, attached: Path | None = None, aggregator_buffers: str = "") -> Iterator[Running]:
+def cluster(
+    name: str, *options: str, attached: Path | None = None, aggregator_buffers: str = "", node_buffers: str = ""
+) -> Iterator[Running]:
     """A fresh cluster in the sub-folder `name` of ONCEPAY_HOME, started with `options` and deleted afterwards.
 
     With `attached` the one that runs in that home already, left as it is. `aggregator_buffers` is the cache of the aggregator's
-    Postgres. Raises Failed.
+    Postgres, `node_buffers` that of each of a shard's nodes. Raises Failed.
     """
     if attached is not None:
         yield Running(attached, {**os.environ, "ONCEPAY_HOME": str(attached)})
@@ -83,6 +85,8 @@ def cluster(name: str, *options: str, attached: Path | None = None, aggregator_b
     environment = {**os.environ, "ONCEPAY_HOME": str(home)}
     if aggregator_buffers:
         environment[BUFFERS_ENV] = aggregator_buffers
+    if node_buffers:
+        environment[NODE_BUFFERS_ENV] = node_buffers
     oncepay(environment, "down", "--purge")
     first = int(os.environ.get("ONCEPAY_PORT_BASE") or DEFAULT_BASE)
     try:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,14 @@ from loadtest.reshard.matrix import owner, whole
 from loadtest.reshard.traffic import Answer, Traffic, quantile
 
 FIRST = 20_000
-QUIET_S = 10.0
+WARM_S = 15.0
+"""Traffic before anything is measured."""
+QUIET_S = 60.0
 """Traffic without a move, to compare with."""
+TOLD_EVERY_S = 60.0
+BEHIND_MAX_BYTES = 1 << 20
+CAUGHT_UP_S = 900.0
+"""How long standbys and the feed may take for what was planted."""
 TABLES = ("payments", "entries", "balance_links")
 
 _PLANT = """
@@ -61,6 +68,29 @@ async def plant(operator: Operator, shard: str, first: int, last: int, count: in
         await connection.close()
 
 
+_BEHIND = """
+select coalesce(max(pg_current_wal_lsn() - lsn), 0)::bigint from (
+    select confirmed_flush_lsn as lsn from pg_replication_slots where slot_type = 'logical' and not temporary
+    union all select replay_lsn from pg_stat_replication where usename = 'oncepay_replication'
+) positions
+"""
+
+
+async def rested(operator: Operator, shards: Sequence[str]) -> None:
+    """Return when nothing is left to do of what was planted: no vacuum, no dirty page, no standby or feed that is behind."""
+    for shard in shards:
+        connection = await session(operator, shard)
+        try:
+            for table in TABLES:
+                await connection.execute(f"vacuum (analyze) oncepay.{table}")
+            await connection.execute("checkpoint")
+            async with asyncio.timeout(CAUGHT_UP_S):
+                while await connection.fetchval(_BEHIND) > BEHIND_MAX_BYTES:  # noqa: ASYNC110
+                    await asyncio.sleep(1)
+        finally:
+            await connection.close()
+
+
 async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: int, slots: int, rows_per_s: int) -> dict[str, Any]:
     """Move one range there and back, `moves` times, while payments go on inside and outside of it.
 
@@ -75,26 +105,36 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
         began_s = time.monotonic()
         await plant(operator, owner(status, FIRST), FIRST, last, payments)
         _say(f"{payments:,} payments planted in {time.monotonic() - began_s:.0f} s")
+        await rested(operator, names)
+        _say(f"at rest after {time.monotonic() - began_s:.0f} s")
     traffic = Traffic(status["urls"]["router"], status["api_key"], FIRST, last)
     held: list[float] = []
     rows = 0
     began_s = time.monotonic()
     async with traffic.running(rate_per_s):
+        await asyncio.sleep(WARM_S)
+        measured_from_s = time.monotonic()
         await asyncio.sleep(QUIET_S)
         quiet_until_s = time.monotonic()
-        for number in range(moves):
-            if enough.is_set():
-                break
-            source = owner(await operator.must("status"), FIRST)
-            target = next(name for name in names if name != source)
-            plan = await operator.must("reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target, "--rate", str(rows_per_s))
-            started = await operator.must("reshard", "start", plan["move"])
-            switched = await operator.must("reshard", "switch", plan["move"])
-            held.append(switched["pause_s"])
-            rows = started["rows_copied"]
-            await operator.must("reshard", "finish", plan["move"])
-            _say(f"move {number + 1} of {moves} from {source} to {target}: {rows:,} rows, held {held[-1]} s")
-    quiet = [each for each in traffic.answers if each.began_s < quiet_until_s]
+        telling = asyncio.create_task(_tell(traffic))
+        try:
+            for number in range(moves):
+                if enough.is_set():
+                    break
+                source = owner(await operator.must("status"), FIRST)
+                target = next(name for name in names if name != source)
+                plan = await operator.must(
+                    "reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target, "--rate", str(rows_per_s)
+                )
+                started = await operator.must("reshard", "start", plan["move"])
+                switched = await operator.must("reshard", "switch", plan["move"])
+                held.append(switched["pause_s"])
+                rows = started["rows_copied"]
+                await operator.must("reshard", "finish", plan["move"])
+                _say(f"move {number + 1} of {moves} from {source} to {target}: {rows:,} rows, held {held[-1]} s")
+        finally:
+            telling.cancel()
+    quiet = [each for each in traffic.answers if measured_from_s <= each.began_s < quiet_until_s]
     moving = [each for each in traffic.answers if each.began_s >= quiet_until_s]
     return {
         "ok": all(each.status in {200, 201} for each in traffic.answers),
@@ -111,6 +151,15 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
         "inside_s": {"quiet": _spread(quiet, inside=True), "moving": _spread(moving, inside=True)},
         "machine": machine(),
     }
+
+
+async def _tell(traffic: Traffic) -> None:
+    """Say each minute what answers outside of the range took in it."""
+    while True:
+        known = len(traffic.answers)
+        await asyncio.sleep(TOLD_EVERY_S)
+        lately = traffic.answers[known:]
+        _say(f"{len(lately):,} answers, outside: {_spread(lately, inside=False)}, inside: {_spread(lately, inside=True)}")
 
 
 def _say(line: str) -> None:

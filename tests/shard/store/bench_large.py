@@ -49,6 +49,7 @@ RATIO_MAX = 1.1
 LOADERS = 2
 AT_ONCE = 20_000
 TABLES = ("payments", "entries")
+READS = "select coalesce(sum(reads), 0)::bigint from pg_stat_io where backend_type = 'client backend' and object = 'relation'"
 AUXILIARY = ("autovacuum", "logical replication", "background writer", "io worker")
 
 GROW = """
@@ -147,11 +148,15 @@ class Meter:
     async def _log_bytes(self) -> int:
         return int(await self._session.fetchval("select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"))
 
+    async def _reads(self) -> int:
+        """Pages that the session found in the system's cache or on disk, and not in Postgres' own."""
+        return int(await self._session.fetchval(READS))
+
     async def begin(self) -> None:
-        self._began = (self._processor_s(), await self._log_bytes(), time.monotonic())
+        self._began = (self._processor_s(), await self._log_bytes(), await self._reads(), time.monotonic())
 
     async def per(self, count: int) -> dict[str, float]:
-        began_cpu_s, began_bytes, began_s = self._began
+        began_cpu_s, began_bytes, began_reads, began_s = self._began
         now_s = self._processor_s()
         # A worker that was there at the start and has ended since is with those that ended, whole: in the sum it isn't twice.
         spent_s = {kind: now_s.get(kind, 0.0) - began_cpu_s.get(kind, 0.0) for kind in {*now_s, *began_cpu_s}}
@@ -159,7 +164,7 @@ class Meter:
         self.by_kind = {kind: round(value_s / count * 1e6, 1) for kind, value_s in spent_s.items()}
         each = {
             "cpu_us": sum(spent_s.values()) / count * 1e6, "log_bytes": log_bytes / count,
-            "per_s": count / (time.monotonic() - began_s),
+            "reads": (await self._reads() - began_reads) / count, "per_s": count / (time.monotonic() - began_s),
         }  # fmt: skip
         return {name: round(value, 1) for name, value in each.items()}
 
@@ -183,7 +188,7 @@ async def round_of(
     for puts in _batched(last):
         await commit(session, [], puts)
     settle = await meter.per(count)
-    whole = {name: round(accept[name] + settle[name], 1) for name in ("cpu_us", "log_bytes")}
+    whole = {name: round(accept[name] + settle[name], 1) for name in ("cpu_us", "log_bytes", "reads")}
     kinds = sorted({*by_kind, *meter.by_kind})
     by_kind = {kind: round(by_kind.get(kind, 0.0) + meter.by_kind.get(kind, 0.0), 1) for kind in kinds}
     return {"accept": accept, "settle": settle, "payment": whole, "cpu_us_by_process": by_kind}
@@ -276,6 +281,7 @@ async def measure(options: Any) -> dict[str, Any]:
         "rows_added": options.rows, "rows_added_in_s": round(took_s), "small": small_mean, "large": large_mean, "ratios": ratios,
         "large_at_first": at_first, "large_at_last": at_last, "payments_a_cycle": len(large) * options.count,
         "large_rounds_cpu_us": [each["payment"]["cpu_us"] for each in large],
+        "large_rounds_reads": [each["payment"]["reads"] for each in large],
         "large_rounds_by_process": [each["cpu_us_by_process"] for each in large],
         "disk_small": disk_small, "disk": disk, "shared_buffers": options.shared_buffers,
         "load_average": [round(each, 1) for each in os.getloadavg()],
