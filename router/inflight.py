@@ -21,6 +21,8 @@ RUNNERS_MAX = 512
 """Payments that are driven at the same time; the others wait for their turn, as no more than a row in a queue."""
 LOOK_AGAIN_S = 1.0
 """How often a waiting caller's payment is read again, in case another process moved it."""
+FIRST_LOOKS_S = (0.25, 0.5)
+"""The first waits of such a caller: a payment that another router drives is mostly settled by then."""
 DRIVEN_LOOK_AGAIN_S = 4.0
 """The same of a payment that this process drives: it mostly tells of the end itself, and a busy shard is spared the reads."""
 
@@ -91,12 +93,12 @@ class InFlight:
 
     async def wait(self, payment: Payment, timeout_s: float) -> Payment:
         """The payment once it is settled or waits for the buyer or the merchant, else as it is after `timeout_s`."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s, first_looks_s = time.monotonic() + timeout_s, iter(FIRST_LOOKS_S)
         while _is_awaited(payment) and (left_s := deadline_s - time.monotonic()) > 0:
             future: asyncio.Future[Payment] = asyncio.get_running_loop().create_future()
             waiting = self._waiting.setdefault(payment.key, set())
             waiting.add(future)
-            look_s = DRIVEN_LOOK_AGAIN_S if payment.key in self._driven else LOOK_AGAIN_S
+            look_s = DRIVEN_LOOK_AGAIN_S if payment.key in self._driven else next(first_looks_s, LOOK_AGAIN_S)
             try:
                 moved = await self._deadlines.within(min(left_s, look_s), future)
                 if moved.version > payment.version:  # else a move that was committed before what is waited for, told late

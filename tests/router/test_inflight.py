@@ -44,7 +44,7 @@ async def test_a_move_that_is_told_late_is_not_the_one_that_is_waited_for() -> N
 
 
 async def test_callers_look_for_themselves_once_nobody_here_drives_the_payment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inflight, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(inflight, "FIRST_LOOKS_S", (0.01,))
     monkeypatch.setattr(inflight, "DRIVEN_LOOK_AGAIN_S", 60.0)
     created = replace(PAID, status=Status.CREATED, version=1, intent="")
     release = asyncio.Event()
@@ -73,3 +73,25 @@ async def test_callers_look_for_themselves_once_nobody_here_drives_the_payment(m
     async with asyncio.timeout(5):
         assert await waiting is PAID
     assert reads == 1
+
+
+async def test_who_waits_for_another_router_looks_soon_and_then_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its payment is mostly settled within a moment, and one that isn't costs a read a second at most."""
+    monkeypatch.setattr(inflight, "LOOK_AGAIN_S", 60.0)
+    created = replace(PAID, status=Status.CREATED, version=1, intent="")
+    reads: list[Payment] = []
+
+    class Store:
+        async def get(self, key: str) -> Payment:
+            reads.append(created)
+            return PAID if settled.is_set() else created
+
+    settled = asyncio.Event()
+    settled.set()
+    in_flight = InFlight(cast(PaymentStore, Store()))
+    async with asyncio.timeout(2):
+        assert await in_flight.wait(created, 30) is PAID
+    settled.clear()
+    reads.clear()
+    assert await in_flight.wait(created, 2.5) is created
+    assert len(reads) == len(inflight.FIRST_LOOKS_S) + 1  # and once when its time was over
