@@ -44,7 +44,7 @@ _PLANT_ENTRIES = """
 insert into oncepay.entries (slot, key, entry_id, currency, source, accounts, amounts, created_at, balance_transaction, fee)
 select slot, key, 'payment', 'usd', 'ch_' || key, array['C', 'Ps', 'Fs'], array[1000, -900, -100], now(), 'txn_' || key, 59
 from oncepay.payments where actor = 'planted' and slot between $1 and $2 and key >= $3
-    and not exists (select from oncepay.entries e where e.slot = payments.slot and e.key = payments.key)
+on conflict do nothing
 """
 
 
