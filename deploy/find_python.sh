@@ -15,8 +15,10 @@ fi
 best= least_us= tried=
 IFS=:
 for folder in $PATH; do
+    folder=$(cd -P -- "$folder" 2>/dev/null && pwd) || continue # /bin is mostly /usr/bin
     for name in python3 python3.11; do
         candidate="$folder/$name"
+        case "$tried " in *" $candidate "*) continue ;; esac
         [ -x "$candidate" ] && "$candidate" -c "$is_311" 2>/dev/null || continue
         used_us=$("$candidate" "${0%/*}/python_speed.py") || continue
         tried="$tried $candidate ${used_us}us"

@@ -2,7 +2,7 @@
 
 import time
 
-ROUNDS, TIMES = 5, 20_000
+ROUNDS, TIMES = 20, 20_000
 
 
 class _Amount:
