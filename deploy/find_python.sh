@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make the virtual environment "$1" with $PYTHON, else with the fastest Python 3.11 in PATH, else with a later one.
-# Builds of one version differ by a factor of two in all that Oncepay does (docs/decisions/0124-fastest-python.md).
+# Builds of one version differ, by an eighth of what a settled payment takes (docs/decisions/0124-fastest-python.md).
 set -euf
 "$1/bin/python" -m pip --version >/dev/null 2>&1 && exit 0
 can='import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'
