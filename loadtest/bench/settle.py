@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=6000, help="payments a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians count (default: %(default)s)")
-    parser.add_argument("--connections", type=int, default=128, help="payments at once (default: %(default)s)")
+    parser.add_argument("--connections", type=int, default=512, help="payments at once (default: %(default)s)")
     parser.add_argument("--home", type=Path, help="the home of a cluster that runs already")
     options = parser.parse_args()
     asyncio.set_event_loop_policy(None)

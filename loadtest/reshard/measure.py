@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
@@ -126,12 +127,20 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
                 plan = await operator.must(
                     "reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target, "--rate", str(rows_per_s)
                 )
+                times_s = [time.monotonic()]
                 started = await operator.must("reshard", "start", plan["move"])
+                times_s.append(time.monotonic())
                 switched = await operator.must("reshard", "switch", plan["move"])
+                times_s.append(time.monotonic())
                 held.append(switched["pause_s"])
                 rows = started["rows_copied"]
                 await operator.must("reshard", "finish", plan["move"])
-                _say(f"move {number + 1} of {moves} from {source} to {target}: {rows:,} rows, held {held[-1]} s")
+                times_s.append(time.monotonic())
+                copied_s, switched_s, finished_s = (after - before for before, after in itertools.pairwise(times_s))
+                _say(
+                    f"move {number + 1} of {moves} from {source} to {target}: {rows:,} rows, held {held[-1]} s;"
+                    f" copied and verified in {copied_s:.0f} s, switched in {switched_s:.0f} s, finished in {finished_s:.0f} s"
+                )
         finally:
             telling.cancel()
     quiet = [each for each in traffic.answers if measured_from_s <= each.began_s < quiet_until_s]

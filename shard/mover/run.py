@@ -147,6 +147,7 @@ class Journey:
     async def run(self) -> None:
         """Step by step to the goal. While a part is away, the step is begun again; after AWAY_S the error is told."""
         away_since_s: float | None = None
+        told = ""
         while not self._arrived():
             before = (self.move.state, self.move.back)
             try:
@@ -159,10 +160,12 @@ class Journey:
                 if time.monotonic() - away_since_s > AWAY_S:
                     raise
                 self._hold.claim_anew()  # what was sent and not answered must not be done later
-                _log.warning("step begun again", move=self.move.id, state=self.move.state, error=str(error))
+                if str(error) != told:  # each second the same would be no news
+                    _log.warning("step begun again", move=self.move.id, state=self.move.state, error=str(error))
+                told = str(error)
                 await asyncio.sleep(AWAY_PAUSE_S)
             else:
-                away_since_s = None
+                away_since_s, told = None, ""
 
     async def rescue(self) -> None:
         """Only what a fence left undone."""

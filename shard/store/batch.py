@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
@@ -31,15 +32,20 @@ from shard.store.leader import Leaders, Node
 from shard.store.rows import Put, change_arrays, entry_arrays, new_arrays, payment_of
 
 WRITERS = 2
-CROWD = 64
-"""Operations that wait while a batch is in flight, from which on a second batch is sent beside it. Below, one larger batch costs
-less than two."""
+CROWD = 128
+"""Operations that wait, from which on a batch is sent whatever its distance to the one before, and beside one that is in flight.
+Below, one larger batch costs less than two."""
 PATIENCE_S = 0.05
 """How long a batch may be in flight before what waits behind it goes another way."""
-PACE_S = 0.05
-"""How soon a batch may follow one of at least BUSY_ROWS operations. A batch costs as much as some thirty of its operations, so
-that under load fewer and larger ones make every payment cheaper, and settled sooner. A lone payment waits for nobody."""
-BUSY_ROWS = 4
+PACE_S = 0.15
+PRICE = 2.0
+"""A batch costs as much as some thirty of its operations, so that under load fewer and larger ones make every payment cheaper.
+Where batches have BUSY_ROWS, the next one follows no sooner than in sqrt(PRICE / new payments a second) seconds, and in PACE_S at
+most: the distance at which what batches cost and what new payments wait for them are least together. The more new payments come,
+the less each of them waits. A lone payment waits for nobody. See docs/decisions/0125-distance-by-rate.md."""
+BUSY_ROWS = 3
+LATELY_S = 0.5
+"""Over how long batches' size and rate are averaged."""
 ROWS_MAX = 400
 """Operations in one batch."""
 WRITES_MAX = 1_000
@@ -163,7 +169,8 @@ class Batcher:
         self._busy = 0
         self._stopping = False
         self._sent_s = 0.0
-        self._sent_rows = 0
+        self._rows_lately = 0.0
+        self._news_lately = 0.0
         self._sooner = asyncio.Event()
         """A crowd has come, or the batch in flight has ended: the next one may go sooner than was thought."""
         self._turn = asyncio.Lock()
@@ -247,7 +254,7 @@ class Batcher:
                 batch = self._take() if is_open else []
                 if batch:
                     self._busy += 1
-                    self._sent_s, self._sent_rows = time.monotonic(), len(batch)
+                    self._count(batch)
             if not is_open:
                 connection = await self._session()
             elif batch:
@@ -264,14 +271,30 @@ class Batcher:
             self._arrived.clear()
             await self._arrived.wait()
         while 0 < len(self._waiting) < CROWD:
-            bound_s = PATIENCE_S if self._busy else PACE_S if self._sent_rows >= BUSY_ROWS else 0.0
-            patience_s = self._sent_s + bound_s - time.monotonic()
+            patience_s = self._sent_s + self._distance_s() - time.monotonic()
             if patience_s <= 0:
                 return
             self._sooner.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience_s):
                     await self._sooner.wait()
+
+    def _distance_s(self) -> float:
+        """How soon the next batch may follow the last one: 0 at once, where there is no load."""
+        pace_s = 0.0
+        if self._rows_lately >= BUSY_ROWS:
+            pace_s = min(PACE_S, math.sqrt(PRICE / max(self._news_lately, 1.0)))
+        return max(pace_s, PATIENCE_S if self._busy else 0.0)
+
+    def _count(self, batch: Sequence[_Operation]) -> None:
+        """A batch is sent: its operations, and new payments a second, go into the averages by the time since the one before."""
+        now_s = time.monotonic()
+        passed_s = max(now_s - self._sent_s, 0.001)
+        share = 1.0 - math.exp(-passed_s / LATELY_S)
+        news = sum(1 for operation in batch if operation.put is not None and not operation.put.expect)
+        self._rows_lately += share * (len(batch) - self._rows_lately)
+        self._news_lately += share * (news / passed_s - self._news_lately)
+        self._sent_s = now_s
 
     async def _session(self) -> asyncpg.Connection | None:
         """A session on the leader, or None after a pause. Operations wait meanwhile; their callers have bounds."""

@@ -9,6 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 from msgspec.structs import replace
+from prometheus_client import REGISTRY
 
 from deploy.local import Cluster
 from oncepay.errors import InvalidField, TooBusy
@@ -299,3 +300,37 @@ async def test_what_waits_behind_a_batch_goes_when_it_has_ended(
         assert len(batcher._waiting) == 1
     answers = await asyncio.wait_for(asyncio.gather(first, second), 10)
     assert all(created for _, created in answers)
+
+
+def sent() -> float:
+    """Batches of this process that were committed."""
+    return REGISTRY.get_sample_value("oncepay_store_batches_total", {"shard": SHARD, "outcome": "done"}) or 0.0
+
+
+async def steady(store: Shards, make: MakePayment, per_s: int, seconds: float) -> None:
+    """New payments, whatever becomes of those before."""
+    calls = []
+    for _ in range(int(per_s * seconds)):
+        calls.append(task(store.accept(make())))
+        await asyncio.sleep(1 / per_s)
+    assert all(created for _, created in await asyncio.gather(*calls))
+
+
+async def test_under_load_batches_keep_a_distance(store: Shards, make: MakePayment) -> None:
+    """So that each carries many payments; they'd be sent one right after the other."""
+    await steady(store, make, 200, 1.0)
+    before = sent()
+    await steady(store, make, 200, 2.0)
+    assert 0 < sent() - before < 40, "200 payments a second, ten of them and more in a batch"
+
+
+async def test_a_lone_payment_waits_for_nobody(store: Shards, make: MakePayment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one that comes when the load has just ended."""
+    monkeypatch.setattr(batch, "PACE_S", 60.0)
+    monkeypatch.setattr(batch, "PRICE", 1e9)
+    batcher = store.batcher(SHARD)
+    batcher._rows_lately = 100.0
+    batcher._sent_s -= 5.0
+    for _ in range(20):
+        await asyncio.wait_for(store.accept(make()), 10)
+    assert batcher._distance_s() == 0
