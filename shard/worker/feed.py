@@ -27,7 +27,7 @@ from shard.worker.sieve import Sieve
 from shard.worker.stream import LeaderView, Stream, open_stream
 from shard.worker.transactions import Assembler, Transaction
 
-BARRIER_GAP_S = 0.12
+BARRIER_GAP_S = 0.25
 """The least time from one barrier's start to the next: what the aggregator gets comes in so many pieces a second."""
 IDLE_BARRIER_S = 10.0
 """How often a barrier moves the slot when no row changes, if others wrote anything at all."""
