@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -87,6 +88,7 @@ def cluster(
         environment[BUFFERS_ENV] = aggregator_buffers
     if node_buffers:
         environment[NODE_BUFFERS_ENV] = node_buffers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or a benchmark that is ended leaves its cluster
     oncepay(environment, "down", "--purge")
     first = int(os.environ.get("ONCEPAY_PORT_BASE") or DEFAULT_BASE)
     try:

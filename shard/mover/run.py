@@ -303,8 +303,13 @@ class Journey:
         await self._records.change_map(partial(split, first=move.first, last=move.last))
 
     async def _catch_up(self, stream: Stream) -> None:
-        """Until what changed during the copy has been replayed, but for the last moment."""
+        """Until what changed during the copy has been replayed, but for the last moment.
+
+        What was replayed in a hurry is on the taker's quorum at the end. Had a failover of the taker erased some of it, which
+        then never comes again, the verification finds that, and the copy begins anew.
+        """
         await self._need(stream)
+        await stream.hurry(wanted=True)
         await stream.enable()
         while True:
             slot = await self._need(stream)
@@ -313,7 +318,9 @@ class Journey:
                 break
             await stream.mark()
             await asyncio.sleep(CATCH_UP_PAUSE_S)
-        await stream.applied(await stream.giver.position(), APPLIED_S)
+        await stream.hurry(wanted=False)
+        await stream.applied(await stream.giver.position(), APPLIED_S)  # what began in a hurry has ended
+        await stream.secured()
         await self._progress({"lag_bytes": await self._need(stream)}, force=True)
 
     async def _need(self, stream: Stream) -> int:

@@ -1,7 +1,9 @@
 """A stream of one range's changes from one shard to another: Postgres' own logical replication.
 
 Row filter on the slot, `origin = none`, inserts and updates only, `synchronous_commit = on` for the subscription (with `off` the
-slot would confirm what the other side's quorum doesn't have), and a slot that follows the leader.
+slot would confirm what the other side's quorum doesn't have), and a slot that follows the leader. Only while a backlog is
+replayed, before the verification, its transactions don't wait for the quorum (`hurry`): there are thousands, each would flush the
+log of three nodes, and the payments beside them would wait for that too.
 """
 
 from __future__ import annotations
@@ -106,6 +108,21 @@ class Stream:
         async with self.taker.session() as session, session.transaction():
             await session.fetchval("select oncepay.assert_move($1, $2)", self._move, self._epoch)
             await session.execute(f"alter subscription {self.name} enable")
+
+    async def hurry(self, *, wanted: bool) -> None:
+        """Whether what comes needn't wait for the taker's quorum. What a failover of the taker erases then doesn't come again:
+        only before all is compared, and with `secured` after it."""
+        async with self.taker.session() as session, session.transaction():
+            await session.fetchval("select oncepay.assert_move($1, $2)", self._move, self._epoch)
+            await session.execute(f"alter subscription {self.name} set (synchronous_commit = '{'off' if wanted else 'on'}')")
+
+    async def secured(self) -> None:
+        """Return when all that the taker has replayed is on its quorum: a commit with the evidence, behind it in its log."""
+        await self.taker.commit(
+            "update oncepay.moves set copied_rows = copied_rows where id = $1 and oncepay.assert_move($1, $2) returning 1",
+            self._move,
+            self._epoch,
+        )
 
     # Looking
 
