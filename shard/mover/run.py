@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
-import asyncpg
 from msgspec.structs import replace
 
 from oncepay.errors import Unavailable
@@ -25,8 +24,8 @@ from shard.mover.compare import Comparer
 from shard.mover.copy import Copied, Copier
 from shard.mover.errors import MovePaused, MoveStopped, NotDrained, PauseTooLong, StreamLost
 from shard.mover.handover import Handover, claim
-from shard.mover.pace import Pace
 from shard.mover.records import Hold, Records, now_ms
+from shard.mover.remove import Remover
 from shard.mover.side import Side
 from shard.mover.stream import Stream, drop_stale, stream_names
 from shard.mover.tables import Table, same_tables
@@ -42,14 +41,12 @@ AWAY_PAUSE_S = 1.0
 SAVE_S = 1.0
 """How often progress is written to the record."""
 TURN_PAUSE_S = 1.0
-DELETE_ROWS = 5_000
 NEAR_KEYS = 200
 NEAR_ROUNDS = 10
 
 OnProgress = Callable[[Move], None]
 
 _SPLIT = "select oncepay.split_range($1, $2, $3, $4, $5, $6) as cuts"
-_DELETE = "select oncepay.delete_moved($1, $2, $3, $4, $5, $6) as gone"
 
 _log = get_logger("mover")
 
@@ -493,24 +490,18 @@ class Journey:
 
     async def _delete(self, side: Side) -> None:
         """Delete the range's rows on a shard that doesn't own it, those that refer to others first."""
-        move, gone, pace = self.move, 0, Pace(self.move.rate_rows_per_s)
+        move = self.move
+
+        async def on_rows(gone: int) -> None:
+            await self._progress({"rows_deleted": gone})
+
         session = await side.open(mover=True)
         try:
             with side.own_errors():
+                remover = Remover(session, move.id, self._hold.epoch, move.first, move.last, move.rate_rows_per_s, on_rows)
                 for table in reversed(self._tables):
-                    gone = await self._delete_rows(session, table, gone, pace)
+                    await remover.remove(table)
+            await self._progress({"rows_deleted": remover.gone}, force=True)
         finally:
             session.terminate()
         await drop_stale(side, [name + tail for name in stream_names(move.id) for tail in ("", "_check")])
-
-    async def _delete_rows(self, session: asyncpg.Connection, table: Table, gone: int, pace: Pace) -> int:
-        """Delete the range's rows of one table; how many are gone then, of all tables."""
-        move, at_once = self.move, pace.chunk(DELETE_ROWS)
-        count = at_once
-        while count >= at_once:
-            count = await session.fetchval(_DELETE, move.id, self._hold.epoch, table.name, move.first, move.last, at_once)
-            gone += count
-            if count:
-                await self._progress({"rows_deleted": gone})
-                await pace.after(count)
-        return gone
