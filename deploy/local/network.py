@@ -79,9 +79,14 @@ class Network:
         if reason := why_not():
             raise NetworkFailed(reason)
         self.remove()
-        _ip([f"link add {self.bridge} type bridge", f"addr add {self.host}/24 dev {self.bridge}", f"link set {self.bridge} up"])
-        for shard in range(shards):
-            self.add(shard)
+        try:
+            _ip([f"link add {self.bridge} type bridge", f"addr add {self.host}/24 dev {self.bridge}"])
+            _ip([f"link set {self.bridge} up"])
+            for shard in range(shards):
+                self.add(shard)
+        except NetworkFailed:
+            self.remove()
+            raise
 
     def add(self, shard: int) -> None:
         """Make one shard's namespaces. Raises NetworkFailed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deploy.local.network import Network, Way, why_not
+from deploy.local.network import Network, NetworkFailed, Way, why_not
 from deploy.local.ports import SPAN, free_base
 from tests.needs import needs
 
@@ -40,6 +41,17 @@ def network() -> Iterator[Network]:
     finally:
         made.remove()
         assert made.namespaces() == []
+
+
+@needs(not why_not(), "root, ip and nsenter")
+def test_what_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address that the namespace refuses comes after its bridge and cable."""
+    network = Network(free_base())
+    monkeypatch.setattr(Network, "address", lambda *_: "256.0.0.1")
+    with pytest.raises(NetworkFailed):
+        network.make(1)
+    assert network.namespaces() == []
+    assert not os.path.exists(f"/sys/class/net/{network.bridge}")
 
 
 @contextlib.contextmanager
