@@ -136,10 +136,12 @@ async def pauses(operator: Operator, moves: int, rate_per_s: float, payments: in
                 rows = started["rows_copied"]
                 await operator.must("reshard", "finish", plan["move"])
                 times_s.append(time.monotonic())
+                during = [each for each in traffic.answers if each.began_s >= times_s[0]]
                 copied_s, switched_s, finished_s = (after - before for before, after in itertools.pairwise(times_s))
                 _say(
                     f"move {number + 1} of {moves} from {source} to {target}: {rows:,} rows, held {held[-1]} s;"
-                    f" copied and verified in {copied_s:.0f} s, switched in {switched_s:.0f} s, finished in {finished_s:.0f} s"
+                    f" copied and verified in {copied_s:.0f} s, switched in {switched_s:.0f} s, finished in {finished_s:.0f} s;"
+                    f" answers outside: {_spread(during, inside=False)}"
                 )
         finally:
             telling.cancel()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from oncepay.feed import lsn_text
 from shard.mover.compare import Comparer, Key
+from shard.mover.errors import StreamLost
 from shard.mover.stream import Stream
 from shard.mover.tables import Table
 from shard.worker.pgoutput import Commit, Decoder, Insert, Update
@@ -27,11 +28,16 @@ class Changes:
 
     async def begin(self) -> None:
         """Begin to remember changes, unless that was begun before."""
-        await self._stream.make_slot(self.slot)
+        if not await self.there():
+            await self._stream.make_slot(self.slot)
 
     async def there(self) -> bool:
-        """Whether the slot is there: a failover may have lost it."""
-        return await self._stream.slot(self.slot) is not None
+        """Whether the slot is there: a failover may have lost it. One that has lost its log is dropped."""
+        try:
+            return await self._stream.slot(self.slot) is not None
+        except StreamLost:
+            await self._stream.drop_slot(self.slot)
+            return False
 
     async def compare(self, comparer: Comparer) -> tuple[int, list[str]]:
         """Compare all that has changed since the last time: how many keys, and what differs. Then it is forgotten.

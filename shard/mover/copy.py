@@ -21,6 +21,8 @@ from shard.mover.tables import Table
 CHUNK_ROWS = 20_000
 """Rows of all tables in one chunk, about."""
 QUEUE_PIECES = 32
+COPY_NAME = "oncepay_copy_"
+"""Before a move's id: its copy's origin, and the name of the session that has it."""
 LAG_PAUSE_S = 0.1
 
 _log = get_logger("mover")
@@ -113,7 +115,7 @@ class Copier:
 
     async def _set_up(self, target: asyncpg.Connection) -> None:
         """Rows come in under an origin, so that the taker's change feed leaves them out."""
-        name = f"oncepay_copy_{self._move}"
+        name = COPY_NAME + self._move
         await target.execute("set idle_in_transaction_session_timeout = '60s'")
         await target.execute("select pg_replication_origin_create($1) where pg_replication_origin_oid($1) is null", name)
         await self._end_former(target, name)
@@ -148,7 +150,7 @@ class Copier:
 
     async def drop_origin(self) -> None:
         """Unmake the origin of the copy."""
-        name = f"oncepay_copy_{self._move}"
+        name = COPY_NAME + self._move
         async with self._taker.session() as session:
             await session.execute(
                 "select pg_terminate_backend(pid, 2000) from pg_stat_activity where application_name = $1", name

@@ -10,13 +10,14 @@ import asyncio
 import time
 from functools import partial
 
-from oncepay.errors import Unavailable
+from oncepay.errors import ShardUnavailable, Unavailable
 from oncepay.feed import lsn_text
 from oncepay.logs import get_logger
 from oncepay.moves import given
 from shard.mover.changes import Changes
 from shard.mover.compare import Comparer
-from shard.mover.errors import MoveError, MoveStopped, PauseTooLong, RangeBusy
+from shard.mover.copy import COPY_NAME
+from shard.mover.errors import MoveError, MoveStopped, PauseTooLong, RangeBusy, StreamLost
 from shard.mover.records import Hold, Records
 from shard.mover.side import Side
 from shard.mover.stream import Stream, stream_names
@@ -30,6 +31,9 @@ RETREAT_S = 120.0
 RETREAT_PAUSE_S = 0.5
 APPLIED_S = 30.0
 
+_END_COPIES = """
+select pg_terminate_backend(pid, 2000) from pg_stat_activity where application_name = $1 and pid <> pg_backend_pid()
+"""
 _CLAIM = "select oncepay.claim_move($1, $2, $3, $4::text[]) as epoch"
 _FENCE = "select oncepay.fence_range($1, $2, $3, $4, $5) as gone"
 _TAKE = "select oncepay.take_range($1, $2, $3, $4, $5, $6, $7::text::pg_lsn) as taken"
@@ -38,8 +42,13 @@ _log = get_logger("mover")
 
 
 async def claim(side: Side, hold: Hold) -> None:
-    """`side` listens to this epoch of this process, and to none before it: waits out what those have begun."""
+    """`side` listens to this epoch of this process, and to none before it: waits out what those have begun.
+
+    But not a copy: its session waits for rows, for ever where the process stands still or its machine is gone.
+    """
     move = hold.move
+    async with side.session() as session:
+        await session.execute(_END_COPIES, f"{COPY_NAME}{move.id}")
     await side.commit(_CLAIM, move.id, hold.epoch, hold.name, list(stream_names(move.id)))
 
 
@@ -54,6 +63,8 @@ class Handover:
         self._changes = changes
         self._take_sent = True
         """Whether a taker may have the range: another process may have asked it to."""
+        self.taken = False
+        """Whether the taker is known to have the range. It may have to be told to the map still."""
 
     async def run(self) -> float:
         """Hand the range over; seconds for which it was held. When that fails or takes too long, the giver has it back.
@@ -85,7 +96,10 @@ class Handover:
         for _ in range(LOCK_TRIES):
             began_s = time.monotonic()
             try:
-                await self._stream.giver.commit(_FENCE, move.id, self._hold.epoch, move.first, move.last, LOCK_MS)
+                row = await self._stream.giver.commit(_FENCE, move.id, self._hold.epoch, move.first, move.last, LOCK_MS)
+                if not row["gone"]:
+                    self._take_sent = True
+                    raise ShardUnavailable(f"slots {move.first}-{move.last} had left {move.giver} before")
                 return began_s
             except RangeBusy:
                 await asyncio.sleep(LOCK_PAUSE_S)
@@ -102,10 +116,24 @@ class Handover:
             await self._hold.save(differences=tuple(found))
             raise MoveStopped(f"what changed last differs: {found[0]}")
         await self._hold.save(state="switch")
+        origin = await stream.origin()
+        if origin is None:
+            raise StreamLost(f"shard {stream.taker.shard} has no subscription {stream.name}")
+        await self._no_failover_since()
         self._take_sent = True
         await stream.taker.commit(
-            _TAKE, move.id, self._hold.epoch, move.first, move.last, move.map_version, await stream.origin(), lsn_text(position)
+            _TAKE, move.id, self._hold.epoch, move.first, move.last, move.map_version, origin, lsn_text(position)
         )
+
+    async def _no_failover_since(self) -> None:
+        """Raises StreamLost when either leader is another one than at the verification: what the taker has replayed may be
+        more than the giver's quorum ever had."""
+        move, sides = self._hold.move, (self._stream.giver, self._stream.taker)
+        source, target = reversed(sides) if move.back else sides
+        now = await source.timeline(), await target.timeline()
+        verified = move.verified
+        if verified is None or (verified.source_timeline, verified.target_timeline) != now:
+            raise StreamLost("a failover since the verification: all is compared once more")
 
     async def retreat(self) -> bool:
         """The giver takes the range back, unless the taker has it already; whether the taker has it.
@@ -138,7 +166,8 @@ class Handover:
 
     async def conclude(self, began_s: float | None) -> float:
         """The taker has the range: tell the map, and keep the record; seconds since the fence."""
+        self.taken = True
         move = self._hold.move
         to = partial(given, first=move.first, last=move.last, shard=self._stream.taker.shard, version=move.map_version)
-        await self._records.change_map(to)
+        await self._hold.change_map(to)
         return time.monotonic() - began_s if began_s is not None else 0.0

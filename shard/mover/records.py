@@ -7,18 +7,19 @@ that it does to a shard's database compares the epoch there. A lease alone would
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from msgspec.structs import replace
 
 from oncepay.errors import EtcdUnavailable
-from oncepay.etcd import Etcd, EtcdOutcomeUnknown, Lease, Put, absent, mod_revision_is, value_is
+from oncepay.etcd import Compare, Etcd, EtcdOutcomeUnknown, Lease, Put, absent, mod_revision_is, value_is
 from oncepay.logs import get_logger
 from oncepay.moves import MOVES_PREFIX, OPERATORS_PREFIX, Goal, Move, refusal
 from oncepay.shardmap import MAP_KEY, ShardMap
@@ -148,19 +149,26 @@ class Records:
     async def change_map(self, change: MapChange) -> ShardMap:
         """Put the map that `change` makes of the present one, by compare and swap; the map as it is then."""
         for _ in range(TRIES):
-            kv = await self.etcd.get(MAP_KEY)
-            if kv is None:
-                raise MoveError("etcd holds no shard map")
-            current = msgspec.json.decode(kv.value, type=ShardMap)
-            wanted = change(current)
-            if wanted is current:
-                return current
-            try:
-                if await self.etcd.compare_and_put(MAP_KEY, msgspec.json.encode(wanted), kv.mod_revision) is not None:
-                    return wanted
-            except EtcdOutcomeUnknown:
-                continue  # read back: a change that was made is not made again
+            changed = await self.map_changed(change, [])
+            if changed is not None:
+                return changed
         raise EtcdUnavailable("the shard map can't be changed")
+
+    async def map_changed(self, change: MapChange, guards: Sequence[Compare]) -> ShardMap | None:
+        """One try of `change_map`, made only where `guards` hold; None when it was not made, or that isn't known."""
+        kv = await self.etcd.get(MAP_KEY)
+        if kv is None:
+            raise MoveError("etcd holds no shard map")
+        current = msgspec.json.decode(kv.value, type=ShardMap)
+        wanted = change(current)
+        if wanted is current:
+            return current
+        compares = [mod_revision_is(MAP_KEY, kv.mod_revision), *guards]
+        try:
+            result = await self.etcd.txn(compares, [Put(MAP_KEY, msgspec.json.encode(wanted))])
+        except EtcdOutcomeUnknown:
+            return None  # it is read back: a change that was made is not made again
+        return wanted if result.succeeded else None
 
 
 def _freeze(move: Move, begins: bool) -> None:
@@ -244,6 +252,21 @@ class Hold:
         if seat is None:  # the lease ended while etcd or this process stood still, and nobody has taken over yet
             self._lease = await self._records.etcd.grant_lease(TTL_S)
             await self._records.etcd.txn([absent(key)], [Put(key, self.name.encode(), self._lease.id)])
+
+    async def change_map(self, change: MapChange) -> ShardMap:
+        """As `Records.change_map`, only while this process has the move: one that stood still meanwhile changes nothing.
+
+        Raises MoveTaken. An operator's pause waits until the map tells what is.
+        """
+        own = MOVES_PREFIX + self.move.id, OPERATORS_PREFIX + self.move.id
+        for _ in range(TRIES):
+            guards = [mod_revision_is(own[0], self._revision), value_is(own[1], self.name.encode())]
+            changed = await self._records.map_changed(change, guards)
+            if changed is not None:
+                return changed
+            with contextlib.suppress(MovePaused):
+                await self._look()
+        raise EtcdUnavailable("the shard map can't be changed")
 
     async def leave(self) -> None:
         """Give the seat up."""

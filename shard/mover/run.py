@@ -257,12 +257,13 @@ class Journey:
         move = self.move
         await self._split()
         await stream.publish(self._tables)
-        is_new = await stream.make_slot()
         copier = Copier(
             move.id, self._hold.epoch, stream.giver, stream.taker, move.first, move.last, self._tables,
             rows_total=max(move.rows_total, 1), limit_rows_per_s=move.rate_rows_per_s, lag_max_bytes=move.lag_max_bytes,
         )  # fmt: skip
-        if is_new:  # the first time, or a failover lost it: what was copied before it would miss what changed since
+        if not await self._has_slot(stream):
+            # The first time, or it was lost: what was copied before would miss what changed since. The slot comes last, so that
+            # whoever finds one has nothing of this left to do.
             await self._drop_subscription(stream)
             await self._delete(stream.taker)
             await copier.begin()
@@ -270,7 +271,7 @@ class Journey:
             await self._hold.save(
                 attempt=move.attempt + 1, copied_on=timelines, rows_copied=0, bytes_copied=0, verified=None, rows_deleted=0
             )
-        await stream.slot()
+            await stream.make_slot()
         await stream.subscribe()
 
         async def on_chunk(done: Copied) -> None:
@@ -283,9 +284,19 @@ class Journey:
             for table in self._tables:
                 await session.execute(f"analyze {table.qualified}")
 
+    @staticmethod
+    async def _has_slot(stream: Stream) -> bool:
+        """Whether the stream's slot is there. One that has lost its log is dropped."""
+        try:
+            return await stream.slot() is not None
+        except StreamLost:
+            await stream.drop_slot(stream.name)
+            return False
+
     async def _drop_subscription(self, stream: Stream) -> None:
         """A subscription of an earlier slot knows a progress that this one doesn't begin at."""
         async with stream.taker.session() as session, session.transaction():
+            await session.fetchval("select oncepay.assert_move($1, $2)", self.move.id, self._hold.epoch)
             if await session.fetchval("select exists (select from pg_subscription where subname = $1)", stream.name):
                 await session.execute(f"alter subscription {stream.name} disable")
                 await session.execute(f"alter subscription {stream.name} set (slot_name = none)")
@@ -405,7 +416,8 @@ class Journey:
         try:
             pause_s = await handover.run()
         except (MoveStopped, PauseTooLong, Unavailable, MovePaused):
-            await self._hold.save(state="reversible" if self.move.back else "ready", back=False)
+            if not handover.taken:  # else it stays `switch` until the map tells who has the range: whoever goes on sees to that
+                await self._hold.save(state="reversible" if self.move.back else "ready", back=False)
             raise
         await self._after_handover(pause_s)
 

@@ -201,10 +201,12 @@ class Stream:
                 row = await session.fetchrow("select active_pid from pg_replication_slots where slot_name = $1", name)
                 if row is None:
                     break
-                if row["active_pid"]:
-                    await session.execute("select pg_terminate_backend($1, 2000)", row["active_pid"])
                 try:
-                    await session.execute("select pg_drop_replication_slot($1)", name)
+                    async with session.transaction():
+                        await session.fetchval("select oncepay.assert_move($1, $2)", self._move, self._epoch)
+                        if row["active_pid"]:
+                            await session.execute("select pg_terminate_backend($1, 2000)", row["active_pid"])
+                        await session.execute("select pg_drop_replication_slot($1)", name)
                     break
                 except (asyncpg.ObjectInUseError, asyncpg.UndefinedObjectError):
                     await asyncio.sleep(0.1)

@@ -27,6 +27,7 @@ from oncepay.logs import get_logger
 from oncepay.payment import Payment
 from oncepay.shardmap import MapWatch
 from shard.store import migrate
+from shard.store.bounds import Bounds
 from shard.store.evidence import prove
 from shard.store.leader import Leaders, Node
 from shard.store.rows import Put, change_arrays, entry_arrays, new_arrays, payment_of
@@ -186,6 +187,7 @@ class Batcher:
         self._writes: set[asyncio.Task[asyncpg.Record]] = set()
         self._reader_session: asyncpg.Connection | None = None
         self._reader_lock = asyncio.Lock()
+        self._bounds = Bounds(maps, self._read_bounds)
         self._tasks: list[asyncio.Task[None]] = []
         leaders.on_change(self._leader_changed)
 
@@ -206,6 +208,7 @@ class Batcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._bounds.stop()
         for connection in list(self._connections):
             connection.terminate()  # one that was opened meanwhile
         self._fail(list(self._waiting), ShardUnavailable(f"{self.shard}: this process ends"))
@@ -389,7 +392,7 @@ class Batcher:
         new = [put for put in puts if not put.expect]
         changes = [put for put in puts if put.expect]
         gets = [o for o in batch if o.put is None and o.slot >= 0]
-        ranges = sorted({self._maps.current.range_of(o.slot).first for o in batch if o.put is not None})
+        ranges = sorted({self.first_of(o.slot) for o in batch if o.put is not None})
         try:
             arrays = [*new_arrays(new), *change_arrays(changes), *entry_arrays(changes)]
         except (ValueError, TypeError, OverflowError, msgspec.MsgspecError) as error:
@@ -415,7 +418,7 @@ class Batcher:
             if target.future.done():
                 continue
             if row["outcome"] == "moved":
-                target.future.set_exception(NotOwner(f"{target.key} is not on shard {self.shard}"))
+                target.future.set_exception(self.not_owner(target.key))
                 continue
             try:
                 payment = payment_of(row) if row["key"] is not None else None
@@ -440,6 +443,18 @@ class Batcher:
         for operation in batch:
             if not operation.future.done():
                 operation.future.set_exception(error)
+
+    def first_of(self, slot: int) -> int:
+        """The first slot of the range that holds `slot`, as the shard cuts them: its writes lock the range by it."""
+        return self._bounds.first_of(slot)
+
+    def not_owner(self, what: str) -> NotOwner:
+        """The error for a write or a read that the shard answered with `moved`. How the shard cuts its ranges is looked at."""
+        self._bounds.look()
+        return NotOwner(f"{what} is not on shard {self.shard}")
+
+    async def _read_bounds(self) -> Sequence[Mapping[str, Any]]:
+        return await self.read("select first, last from oncepay.ranges order by first", message="ranges")
 
     async def barrier(self, nonce: str) -> None:
         """Commit a transactional message with `nonce` and see the evidence, in a session of its own."""

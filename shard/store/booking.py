@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from oncepay.errors import NotOwner
 from oncepay.keys import slot as slot_of
 from oncepay.keys import transaction_key
 from oncepay.ledger import Entry
@@ -34,11 +33,11 @@ async def book_transaction(store: Shards, actor: str, transaction: str, entries:
     )
 
     async def attempt() -> Booked:
-        owner = store.maps.current.range_of(slot)
+        batcher = store.batcher(store.maps.current.range_of(slot).shard)
         now = moment(time.time_ns() // 1_000_000)
-        row = await store.batcher(owner.shard).write(_BOOK, owner.first, f"{actor} books", slot, key, transaction, now, *columns)
+        row = await batcher.write(_BOOK, batcher.first_of(slot), f"{actor} books", slot, key, transaction, now, *columns)
         if row["outcome"] == "moved":
-            raise NotOwner(f"{key} is not on shard {owner.shard}")
+            raise batcher.not_owner(key)
         outcome: Booked = row["outcome"]
         return outcome
 

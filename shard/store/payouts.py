@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from oncepay.errors import InvalidField, NotFound, NotOwner, OncepayError, OutcomeUnknown
+from oncepay.errors import InvalidField, NotFound, OncepayError, OutcomeUnknown
 from oncepay.keys import funding_key
 from oncepay.keys import slot as slot_of
 from oncepay.ledger import Entry, payout_entry
@@ -183,7 +183,7 @@ class PayoutStore:
         rows = await batcher.read(_READ, [slot_of(key) for key in keys], list(keys), entries)
         for key, row in zip(keys, rows, strict=True):
             if not row["owned"]:
-                raise NotOwner(f"{key} is not on shard {batcher.shard}")
+                raise batcher.not_owner(key)
         return rows
 
     async def by_ref_code(self, code: str) -> Payout | None:
@@ -252,13 +252,13 @@ class PayoutStore:
         slot = slot_of(key)
 
         async def attempt() -> str:
-            owner = self._shards.maps.current.range_of(slot)
-            row = await self._shards.batcher(owner.shard).write(
-                _FUNDING, owner.first, f"{self._actor} funding", slot, key, funding, currency, amount_minor,
+            batcher = self._shards.batcher(self._shards.maps.current.range_of(slot).shard)
+            row = await batcher.write(
+                _FUNDING, batcher.first_of(slot), f"{self._actor} funding", slot, key, funding, currency, amount_minor,
                 moment(time.time_ns() // 1_000_000),
             )  # fmt: skip
             if row[0] == "moved":
-                raise NotOwner(f"{key} is not on shard {owner.shard}")
+                raise batcher.not_owner(key)
             return str(row[0])
 
         return await self._shards.hold(attempt)
@@ -295,15 +295,14 @@ class PayoutStore:
 
     async def _once(self, puts: Sequence[_Put], not_after: Mapping[str, dt.datetime]) -> list[_Answer]:
         shard_map = self._shards.maps.current
-        owners = [shard_map.range_of(put.slot) for put in puts]
-        shards = {owner.shard for owner in owners}
+        shards = {shard_map.range_of(put.slot).shard for put in puts}
         if len(shards) > 1:
             raise _Parted
         (shard,) = shards
         batcher = self._shards.batcher(shard)
         row = await batcher.write(
             _PUT,
-            sorted({owner.first for owner in owners}),
+            sorted({batcher.first_of(put.slot) for put in puts}),
             batcher.epoch,
             self._actor,
             f"{self._actor} payouts {next(self._nonces)}",
@@ -312,7 +311,7 @@ class PayoutStore:
         )
         answers = _answers(row[0])
         if any(answer.outcome == "moved" for answer in answers):
-            raise NotOwner(f"payouts of {puts[0].key} and others are not on shard {shard}")
+            raise batcher.not_owner(f"payouts of {puts[0].key} and others")
         return answers
 
     def _batcher(self, key: str) -> Batcher:

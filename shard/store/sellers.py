@@ -11,7 +11,6 @@ from typing import Any, Literal
 import msgspec
 
 from oncepay.cart import Fee
-from oncepay.errors import NotOwner
 from oncepay.keys import seller_key
 from oncepay.keys import slot as slot_of
 from shard.store.batch import Batcher
@@ -55,10 +54,10 @@ async def put_seller(store: Shards, actor: str, seller: Seller) -> tuple[Seller,
         now = moment(time.time_ns() // 1_000_000)
         batcher = store.batcher(owner.shard)
         row = await batcher.write(
-            _PUT, owner.first, actor, f"{actor} seller", slot, key, seller.payee, seller.currency, *fee, now
+            _PUT, batcher.first_of(slot), actor, f"{actor} seller", slot, key, seller.payee, seller.currency, *fee, now
         )  # fmt: skip
         if row["outcome"] == "moved":
-            raise NotOwner(f"{key} is not on shard {owner.shard}")
+            raise batcher.not_owner(key)
         return _seller_of(row), row["outcome"]
 
     return await store.hold(attempt)
@@ -92,7 +91,7 @@ async def read_sellers(batcher: Batcher, sellers: list[str]) -> dict[str, Seller
     found: dict[str, Seller | None] = {}
     for seller, row in zip(sellers, rows, strict=True):
         if not row["owned"]:
-            raise NotOwner(f"seller {seller} is not on shard {batcher.shard}")
+            raise batcher.not_owner(f"seller {seller}")
         found[seller] = _seller_of(row) if row["key"] is not None else None
     return found
 
