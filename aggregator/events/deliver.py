@@ -210,7 +210,7 @@ class Sender:
         return len(due)
 
     async def _fresh(self, http: aiohttp.ClientSession, endpoint: Endpoint, shard: str, lsn: int, ordinal: int) -> int:
-        """The next page of a shard's events: sent, or parked; then the cursor moves."""
+        """The next page of a shard's events: sent, or parked; then the cursor moves, unless a replay has moved it."""
         async with self._database.connection("work") as connection:
             rows = await connection.fetch(SQL["fresh"], shard, lsn, ordinal, PAGE)
             wanted = [row for row in rows if endpoint.wants(row["type"])]
@@ -239,7 +239,8 @@ class Sender:
                 columns = [[event[name] for event, *_ in parked] for name in ("id", "shard", "lsn", "ordinal", "key")]
                 rest = [[each[n] for each in parked] for n in (1, 2, 3)]
                 await connection.execute(SQL["park"], endpoint.id, *columns, *rest)
-            await connection.execute(SQL["move_cursor"], endpoint.id, shard, rows[-1]["lsn"], rows[-1]["ordinal"])
+            end = rows[-1]["lsn"], rows[-1]["ordinal"]
+            await connection.execute(SQL["move_cursor"], endpoint.id, shard, *end, lsn, ordinal)
         return len(rows)
 
     async def _send(self, http: aiohttp.ClientSession, endpoint: Endpoint, event: asyncpg.Record) -> Outcome:

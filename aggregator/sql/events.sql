@@ -43,8 +43,10 @@ from unnest($2::text[], $3::text[], $4::pg_lsn[], $5::integer[], $6::text[], $7:
 on conflict (endpoint, id) do nothing
 
 -- name: move_cursor
-insert into oncepay.event_cursors (endpoint, shard, lsn, ordinal) values ($1, $2, $3, $4)
+-- To ($3, $4), from where the page began ($5, $6): a cursor that a replay has set back meanwhile stays there.
+insert into oncepay.event_cursors as c (endpoint, shard, lsn, ordinal) values ($1, $2, $3, $4)
 on conflict (endpoint, shard) do update set lsn = excluded.lsn, ordinal = excluded.ordinal
+where (c.lsn, c.ordinal) = ($5, $6)
 
 -- name: due
 -- The first open event of each key, where its time has come.

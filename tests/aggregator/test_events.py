@@ -153,17 +153,23 @@ async def listening(handle: Callable[[web.BaseRequest], Any]) -> AsyncIterator[s
 
 
 class Shop:
-    """Takes events; `answer` says with which status. `seen` has those that it took, by key, in order."""
+    """Takes events, while it is `open`; `answer` says with which status. `seen` has those that it took, by key, in order."""
 
     def __init__(self) -> None:
         self.answer: Callable[[str, dict[str, Any]], int] = lambda event, body: 204
         self.seen: dict[str, list[str]] = defaultdict(list)
         self.bodies: dict[str, dict[str, Any]] = {}
         self.signatures: list[tuple[bytes, dict[str, str]]] = []
+        self.asked = 0
+        self.open = asyncio.Event()
+        self.open.set()
         self._changed = asyncio.Event()
 
     async def handle(self, request: web.BaseRequest) -> web.Response:
         raw = await request.read()
+        self.asked += 1
+        self._changed.set()
+        await self.open.wait()
         body, event = json.loads(raw), request.headers["webhook-id"]
         status = self.answer(event, body)
         if status < 300:
@@ -319,6 +325,28 @@ async def test_what_is_given_up_is_a_dead_letter_and_can_be_sent_again(
     await sending.query("replay_one", name, box.seen["k"][0])
     sending.sender.poke()
     await box.until(lambda: len(box.seen["k"]) == 5)
+
+
+@CLUSTER
+async def test_a_replay_is_not_undone_by_a_page_that_was_under_way(
+    connection: asyncpg.Connection, sending: Sending, shop: tuple[Shop, str]
+) -> None:
+    box, history = shop[0], paid()
+    await apply.apply(connection, history.whole(), recording=True)
+    sending.sender.poke()
+    await box.until(lambda: len(box.seen["k"]) == 2)
+    first = await connection.fetchval("select min(recorded_at) from oncepay.events")
+    box.open.clear()
+    before = history.lsn
+    history.payments.append(payment_row(history.commit(), "late", "created", 1, ITEMS))
+    await apply.apply(connection, history.batch(before, history.lsn), recording=True)
+    sending.sender.poke()
+    await box.until(lambda: box.asked == 3)
+    assert [row["shard"] for row in await sending.query("replay_since", sending.endpoint.id, first)] == ["s0"]
+    box.open.set()
+    sending.sender.poke()
+    await box.until(lambda: len(box.seen["k"]) == 4 and len(box.seen["late"]) == 2)
+    assert box.seen["k"][:2] == box.seen["k"][2:]
 
 
 @CLUSTER
