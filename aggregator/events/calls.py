@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import re
 from typing import TypeVar
@@ -12,10 +13,11 @@ from aiohttp import web
 from aggregator import queries
 from aggregator.database import Database
 from aggregator.events.deliver import Sender
-from aggregator.events.endpoints import Endpoint, Endpoints, rolled
+from aggregator.events.endpoints import Endpoint, Endpoints, new_endpoint, rolled
 from aggregator.events.guard import check_url
 from aggregator.params import ROWS_MAX, Query
-from oncepay.errors import InvalidField, MalformedBody, NotFound
+from oncepay.errors import InvalidField, MalformedBody, NotFound, OncepayError
+from oncepay.etcd import EtcdOutcomeUnknown
 from oncepay.service import Service, json_response
 
 SQL = queries.load("events.sql")
@@ -137,12 +139,21 @@ class EventCalls:
         service.route("GET", path + "/{id}/dead-letters", self.dead_letters, scope="operate")
 
     async def make(self, request: web.Request) -> web.Response:
-        """POST /v1/event-endpoints"""
+        """POST /v1/event-endpoints: the cursors first, since a record without them is sent all that is kept."""
         body = _decoded(await request.read(), NewEndpoint)
         url = check_url(body.url, allow_private=self._allow_private)
-        made = await self._endpoints.add(url, _types(body.types), _description(body.description))
+        made = new_endpoint(url, _types(body.types), _description(body.description))
         async with self._database.connection("work") as connection:
             await connection.execute(SQL["begin_cursors"], made.id)
+        try:
+            await self._endpoints.add(made)
+        except EtcdOutcomeUnknown:
+            raise  # the record may be there, or come yet
+        except OncepayError:
+            with contextlib.suppress(NotFound):
+                await self._endpoints.remove(made.id)
+            await self._forget(made.id)
+            raise
         return json_response(_view(made, secret=True), status=201)
 
     async def list(self, request: web.Request) -> web.Response:
@@ -175,10 +186,13 @@ class EventCalls:
         """DELETE /v1/event-endpoints/{id}"""
         name = request.match_info["id"]
         await self._endpoints.remove(name)
+        await self._forget(name)
+        return web.Response(status=204)
+
+    async def _forget(self, name: str) -> None:
         async with self._database.connection("work") as connection:
             for statement in ("forget_retries", "forget_cursors", "forget_deliveries"):
                 await connection.execute(SQL[statement], name)
-        return web.Response(status=204)
 
     async def roll(self, request: web.Request) -> web.Response:
         """POST /v1/event-endpoints/{id}/secret"""

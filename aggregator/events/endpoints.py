@@ -101,14 +101,12 @@ class Endpoints:
             raise NotFound(f"there is no event endpoint {name}")
         return msgspec.json.decode(kv.value, type=Endpoint), kv.mod_revision
 
-    async def add(self, url: str, types: tuple[str, ...], description: str) -> Endpoint:
-        """A new endpoint. Raises TooBusy when there are ENDPOINTS_MAX."""
+    async def add(self, made: Endpoint) -> None:
+        """Put a new endpoint: from now on it is sent to. Raises TooBusy when there are ENDPOINTS_MAX."""
         if await self._etcd.count(PREFIX) >= ENDPOINTS_MAX:
             raise TooBusy(f"a deployment has at most {ENDPOINTS_MAX} event endpoints")
-        made = Endpoint(f"we_{secrets.token_hex(12)}", url, (Secret(new_secret()),), types, description, True, _now_ms())
         revision = await self._etcd.put(PREFIX + made.id, msgspec.json.encode(made))
         await self._mirror.wait_revision(revision, 5.0)
-        return made
 
     async def change(self, name: str, changed: Callable[[Endpoint], Endpoint]) -> Endpoint:
         """Change a record by compare-and-put. Raises NotFound, or WrongState when others change it all the time."""
@@ -127,6 +125,11 @@ class Endpoints:
         """Raises NotFound."""
         if not await self._etcd.delete(PREFIX + name):
             raise NotFound(f"there is no event endpoint {name}")
+
+
+def new_endpoint(url: str, types: tuple[str, ...], description: str) -> Endpoint:
+    """With an id and a secret of its own; nobody knows of it yet."""
+    return Endpoint(f"we_{secrets.token_hex(12)}", url, (Secret(new_secret()),), types, description, True, _now_ms())
 
 
 def rolled(endpoint: Endpoint) -> Endpoint:

@@ -8,8 +8,8 @@ import itertools
 import json
 import socket
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, cast
 
 import aiohttp
 import asyncpg
@@ -19,14 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator import apply
-from aggregator.database import Database
-from aggregator.events import deliver
-from aggregator.events.endpoints import Endpoint, Endpoints, Secret, rolled
+from aggregator.database import Database, DatabaseUnavailable
+from aggregator.events import deliver, endpoints
+from aggregator.events.calls import EventCalls
+from aggregator.events.endpoints import PREFIX, Endpoint, Endpoints, Secret, new_endpoint, rolled
 from aggregator.events.guard import PrivateAddress, PublicResolver, check_url, is_public, may_reach
 from aggregator.events.record import events_of
 from aggregator.events.signing import headers, new_secret, signature
-from oncepay.errors import InvalidField
-from oncepay.etcd import Etcd
+from oncepay.errors import EtcdUnavailable, InvalidField, TooBusy
+from oncepay.etcd import Etcd, EtcdOutcomeUnknown, Mirror
 from oncepay.settings import EtcdSettings
 from tests.aggregator.database import empty
 from tests.aggregator.strategies import History, histories, payment_row
@@ -198,7 +199,8 @@ def etcd_settings() -> Iterator[EtcdSettings]:
 class Sending:
     """A sender with one endpoint, whose process can be killed: `stop` gives it no time for anything."""
 
-    def __init__(self, database: Database, endpoints: Endpoints, endpoint: Endpoint) -> None:
+    def __init__(self, etcd: Etcd, database: Database, endpoints: Endpoints, endpoint: Endpoint) -> None:
+        self.etcd = etcd
         self.database = database
         self.endpoints = endpoints
         self.endpoint = endpoint
@@ -236,15 +238,16 @@ async def sending(
     monkeypatch.setattr(deliver, "LOCK_EVERY_S", 0.05)
     dsn = aggregator_dsn.replace("postgres@", "oncepay_aggregator:a@")
     async with Etcd(etcd_settings) as etcd, Database(dsn) as database:
-        endpoints = Endpoints(etcd)
-        endpoints.start()
-        endpoint = await endpoints.add(shop[1], (), "")
-        made = Sending(database, endpoints, endpoint)
+        records = Endpoints(etcd)
+        records.start()
+        endpoint = new_endpoint(shop[1], (), "")
+        await records.add(endpoint)
+        made = Sending(etcd, database, records, endpoint)
         made.start()
         yield made
         await made.stop()
-        await endpoints.remove(endpoint.id)
-        await endpoints.stop()
+        await records.remove(endpoint.id)
+        await records.stop()
 
 
 @CLUSTER
@@ -347,6 +350,83 @@ async def test_a_replay_is_not_undone_by_a_page_that_was_under_way(
     sending.sender.poke()
     await box.until(lambda: len(box.seen["k"]) == 4 and len(box.seen["late"]) == 2)
     assert box.seen["k"][:2] == box.seen["k"][2:]
+
+
+OF_OTHERS = "select endpoint from oncepay.event_cursors where endpoint <> $1"
+
+
+class Posted:
+    """A request, as far as a handler reads it."""
+
+    def __init__(self, body: object) -> None:
+        self._body = json.dumps(body).encode()
+
+    async def read(self) -> bytes:
+        return self._body
+
+
+def made_over(sending: Sending, database: Database, url: str) -> Awaitable[web.Response]:
+    """An endpoint made by the call."""
+    calls = EventCalls(sending.endpoints, database, sending.sender, allow_private=True)
+    return calls.make(cast(web.Request, Posted({"url": url})))
+
+
+def failing(error: Exception) -> Callable[..., Awaitable[None]]:
+    """A method that raises it."""
+
+    async def method(*_: object) -> None:
+        raise error
+
+    return method
+
+
+@CLUSTER
+async def test_an_endpoint_has_its_cursors_before_a_sender_can_find_it(
+    monkeypatch: pytest.MonkeyPatch, connection: asyncpg.Connection, sending: Sending, shop: tuple[Shop, str]
+) -> None:
+    history, begun = paid(), list[tuple[int, int]]()
+    await apply.apply(connection, history.whole(), recording=True)
+    put = Etcd.put
+
+    async def looked(etcd: Etcd, key: str, value: bytes, lease: int = 0) -> int:
+        begun.extend((row["lsn"], row["ordinal"]) for row in await sending.query("shards", key.removeprefix(PREFIX)))
+        return await put(etcd, key, value, lease)
+
+    monkeypatch.setattr(Etcd, "put", looked)
+    made = json.loads(cast(bytes, (await made_over(sending, sending.database, shop[1])).body))
+    await sending.endpoints.remove(made["id"])
+    assert begun == [(history.lsn, 2**31 - 1)], "it begins at what is applied"
+
+
+@CLUSTER
+async def test_an_endpoint_that_could_not_be_made_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, connection: asyncpg.Connection, sending: Sending, shop: tuple[Shop, str]
+) -> None:
+    await apply.apply(connection, paid().whole(), recording=True)
+    async with Database("postgresql://127.0.0.1:1/nowhere") as away:
+        with pytest.raises(DatabaseUnavailable):
+            await made_over(sending, away, shop[1])
+    assert await sending.etcd.count(PREFIX) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(Mirror, "wait_revision", failing(EtcdUnavailable("not seen")))
+        with pytest.raises(EtcdUnavailable):
+            await made_over(sending, sending.database, shop[1])
+    assert await sending.etcd.count(PREFIX) == 1
+    monkeypatch.setattr(endpoints, "ENDPOINTS_MAX", 1)
+    with pytest.raises(TooBusy):
+        await made_over(sending, sending.database, shop[1])
+    assert await connection.fetchval(OF_OTHERS, sending.endpoint.id) is None
+
+
+@CLUSTER
+async def test_an_endpoint_that_may_have_been_made_keeps_its_cursors(
+    monkeypatch: pytest.MonkeyPatch, connection: asyncpg.Connection, sending: Sending, shop: tuple[Shop, str]
+) -> None:
+    await apply.apply(connection, paid().whole(), recording=True)
+    monkeypatch.setattr(Etcd, "put", failing(EtcdOutcomeUnknown("cut off")))
+    with pytest.raises(EtcdOutcomeUnknown):
+        await made_over(sending, sending.database, shop[1])
+    assert await connection.fetchval(OF_OTHERS, sending.endpoint.id) is not None
 
 
 @CLUSTER
