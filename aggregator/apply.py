@@ -14,7 +14,7 @@ from typing import NamedTuple
 import asyncpg
 
 from aggregator import queries
-from aggregator.events.record import events_of
+from aggregator.events.record import Event, events_of
 from aggregator.put import SQL, put_rows
 from oncepay.errors import MalformedBody
 from oncepay.feed import FEED_ROWS_MAX, EntryRow, FeedAnswer, FeedBatch, FeedPosition, LinkRow, PaymentRow, PayoutRow
@@ -64,9 +64,9 @@ async def apply(connection: asyncpg.Connection, batch: FeedBatch, *, recording: 
         reason = refusal(batch, incarnation, epoch, lsn)
         if reason:
             return FeedAnswer(False, lsn, incarnation, epoch, reason)
+        events = await _events(connection, batch) if recording else []
         await _put(connection, batch, Behind(*behind))
-        if recording:
-            await _events(connection, batch)
+        await _record(connection, batch.shard, events)
         await connection.execute(SQL["move_watermark"], batch.shard, batch.to_lsn, batch.epoch)
     return FeedAnswer(True, batch.to_lsn, batch.incarnation, batch.epoch)
 
@@ -106,8 +106,26 @@ def refusal(batch: FeedBatch, incarnation: str, epoch: int, lsn: int) -> str:
     return "" if batch.from_lsn == lsn else "gap"
 
 
-async def _events(connection: asyncpg.Connection, batch: FeedBatch) -> None:
-    found = events_of(batch)
-    if found:
-        lsn, ids, types, keys, at, data = map(list, zip(*found, strict=True))
-        await connection.execute(EVENTS["record"], batch.shard, lsn, list(range(len(found))), ids, types, keys, at, data)
+async def _events(connection: asyncpg.Connection, batch: FeedBatch) -> list[Event]:
+    """The batch's events, while the tables still hold what was before it."""
+    payments = await _before(connection, "payments_before", batch.payments)
+    payouts = await _before(connection, "payouts_before", batch.payouts)
+    return events_of(batch, payments, payouts)
+
+
+async def _before(
+    connection: asyncpg.Connection, statement: str, rows: Sequence[PaymentRow] | Sequence[PayoutRow]
+) -> dict[str, str]:
+    """The state before the batch of each key whose life didn't begin in it. Of a moved payment a later one may be here: none."""
+    first: dict[str, int] = {}
+    for row in rows:
+        first.setdefault(row.key, row.version)
+    keys = [key for key, version in first.items() if version > 1]
+    found = await connection.fetch(EVENTS[statement], keys) if keys else ()
+    return {key: status for key, status, version in found if version < first[key]}
+
+
+async def _record(connection: asyncpg.Connection, shard: str, events: list[Event]) -> None:
+    if events:
+        lsn, ids, types, keys, at, data = map(list, zip(*events, strict=True))
+        await connection.execute(EVENTS["record"], shard, lsn, list(range(len(events))), ids, types, keys, at, data)

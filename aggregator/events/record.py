@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -51,15 +51,19 @@ def event_id(type_: str, key: str, which: str) -> str:
     return "evt_" + blake2b(f"{type_}\0{key}\0{which}".encode(), digest_size=16).hexdigest()
 
 
-def events_of(batch: FeedBatch) -> list[Event]:
-    """The batch's events, in commit order; of one commit the payment's before its entries'."""
-    found = [*_of_payments(batch.payments), *_of_entries(batch.entries), *_of_payouts(batch.payouts)]
+def events_of(batch: FeedBatch, payments: Mapping[str, str] = {}, payouts: Mapping[str, str] = {}) -> list[Event]:
+    """The batch's events, in commit order; of one commit the payment's before its entries'.
+
+    `payments` and `payouts` are the states before the batch, by key: with them the events are the same however the log is cut.
+    """
+    found = [
+        *_of_payments(batch.payments, dict(payments)), *_of_entries(batch.entries), *_of_payouts(batch.payouts, dict(payouts))
+    ]  # fmt: skip
     return sorted(found, key=lambda event: event.lsn)
 
 
-def _of_payments(rows: tuple[PaymentRow, ...]) -> Iterator[Event]:
+def _of_payments(rows: tuple[PaymentRow, ...], before: dict[str, str]) -> Iterator[Event]:
     """A state once: in the log there are versions that change something else. A terminal state comes once for ever."""
-    before: dict[str, str] = {}
     for row in rows:
         if before.get(row.key) == row.status:
             continue
@@ -101,8 +105,7 @@ def _of_entries(rows: tuple[EntryRow, ...]) -> Iterator[Event]:
         yield _event(row, type_, row.entry_id, row.created_at_us, data)
 
 
-def _of_payouts(rows: tuple[PayoutRow, ...]) -> Iterator[Event]:
-    before: dict[str, str] = {}
+def _of_payouts(rows: tuple[PayoutRow, ...], before: dict[str, str]) -> Iterator[Event]:
     for row in rows:
         if before.get(row.key) == row.status:
             continue

@@ -1,7 +1,14 @@
 -- Events out: recording, reading in order, retries, dead letters, replay.
 
+-- name: payments_before
+-- The states that a batch finds, of its own keys.
+select key, status, version from oncepay.payments where key = any ($1::text[])
+
+-- name: payouts_before
+select key, status, version from oncepay.payouts where key = any ($1::text[])
+
 -- name: record
--- In the transaction that applies the batch. What came before (a version of the same state) is no event again.
+-- In the transaction that applies the batch. What another shard has brought already is no event again.
 insert into oncepay.events (shard, lsn, ordinal, id, type, key, at, data)
 select $1, u.lsn, u.ordinal, u.id, u.type, u.key, u.at, u.data
 from unnest($2::pg_lsn[], $3::integer[], $4::text[], $5::text[], $6::text[], $7::timestamptz[], $8::text[])

@@ -17,6 +17,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from aggregator import apply
 from aggregator.database import Database, DatabaseUnavailable
@@ -32,6 +33,7 @@ from oncepay.settings import EtcdSettings
 from tests.aggregator.database import empty
 from tests.aggregator.strategies import History, histories, payment_row
 from tests.aggregator.test_apply import ITEMS, REAL, paid
+from tests.aggregator.test_payout_balances import payout_row
 from tests.etcd_fixture import EtcdCluster
 
 CLUSTER = pytest.mark.cluster
@@ -123,8 +125,12 @@ def test_the_same_events_however_the_log_is_cut(history: History, data: st.DataO
     commits = list(range(1000, history.lsn + 1, 100))
     cuts = sorted(data.draw(st.sets(st.sampled_from(commits))) | {1000, history.lsn})
     whole = [event.id for event in events_of(history.whole())]
-    pieces = [event.id for start, end in itertools.pairwise(cuts) for event in events_of(history.batch(start, end))]
-    assert set(whole) <= set(pieces), "a cut may only say a state again"
+    pieces, states = list[str](), dict[str, str]()
+    for start, end in itertools.pairwise(cuts):
+        batch = history.batch(start, end)
+        pieces += [event.id for event in events_of(batch, states)]
+        states |= {row.key: row.status for row in batch.payments}
+    assert pieces == whole
     assert len(set(whole)) == len(whole)
     of_key: dict[str, list[str]] = defaultdict(list)
     for event in events_of(history.whole()):
@@ -488,10 +494,39 @@ async def test_recorded_once_with_whatever_is_sent_again(
     await owner.close()
     commits = list(range(1000, history.lsn + 1, 100))
     cuts = sorted(data.draw(st.sets(st.sampled_from(commits))) | {1000, history.lsn})
-    pieces: dict[str, None] = {}
     for start, end in itertools.pairwise(cuts):
         for _ in range(2):
             await apply.apply(connection, history.batch(start, end), recording=True)
-        pieces |= dict.fromkeys(event.id for event in events_of(history.batch(start, end)))
     rows = await connection.fetch("select id from oncepay.events order by shard, lsn, ordinal")
-    assert [row["id"] for row in rows] == list(pieces)
+    assert [row["id"] for row in rows] == [event.id for event in events_of(history.whole())]
+
+
+@CLUSTER
+async def test_a_later_version_of_what_was_over_before_is_no_event(connection: asyncpg.Connection) -> None:
+    """Nobody wanted events then, or they are forgotten."""
+    history = paid()
+    payouts = [payout_row(history.commit(), "ann", 1, status="paid", version=version) for version in (3, 4)]
+    batch = history.batch(1000, payouts[0].lsn)
+    await apply.apply(connection, replace(batch, payouts=(payouts[0],)))
+    history.payments.append(payment_row(history.commit(), "k", "succeeded", 3, ITEMS, captured=1500))
+    history.payments.append(payment_row(history.commit(), "new", "created", 1, ITEMS))
+    batch = history.batch(payouts[0].lsn, history.lsn)
+    await apply.apply(connection, replace(batch, payouts=(payouts[1],)), recording=True)
+    assert [tuple(row) for row in await connection.fetch("select type, key from oncepay.events")] == [("payment.created", "new")]
+
+
+@CLUSTER
+@pytest.mark.parametrize("order", [("s0", "s1"), ("s1", "s0")])
+async def test_a_moved_payments_states_are_events_in_either_order(connection: asyncpg.Connection, order: tuple[str, str]) -> None:
+    """The source's earlier state is one also when the target has brought the same state's later version."""
+    streams = {"s0": History("s0"), "s1": History("s1")}
+    for shard, version, status in (
+        *(("s0", 1, "created"), ("s0", 2, "requires_action"), ("s1", 3, "processing"), ("s1", 4, "requires_action")),
+    ):
+        history = streams[shard]
+        history.payments.append(payment_row(history.commit(), "k", status, version, ITEMS))
+    for shard in order:
+        for lsn in (1000, 1100):
+            await apply.apply(connection, streams[shard].batch(lsn, lsn + 100), recording=True)
+    rows = await connection.fetch("select data::jsonb->>'version' as version from oncepay.events order by 1")
+    assert [row["version"] for row in rows] == ["1", "2", "3", "4"]
