@@ -47,6 +47,12 @@ def due(now: dt.datetime, done_to: dt.datetime | None, daily_at_utc_h: int) -> b
     return done_to is None or done_to < midnight(now)
 
 
+def daily_first(until: dt.datetime, done_to: dt.datetime | None, days: int) -> dt.datetime:
+    """Where the daily run up to `until` begins: `days` before, or where the last one ended; at most PERIOD_MAX before."""
+    first = until - days * DAY
+    return max(min(first, done_to or first), until - PERIOD_MAX)
+
+
 def midnight(now: dt.datetime) -> dt.datetime:
     """When the UTC day of `now` began."""
     return now.astimezone(dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -71,7 +77,7 @@ class Office:
                     done_to, anything = await connection.fetchrow(SQL["last_daily"], midnight(now))
                 if anything and due(now, done_to, settings.daily_at_utc_h):
                     until = midnight(now)
-                    await self.start(until - settings.days * DAY, until, "daily", wait=True)
+                    await self.start(daily_first(until, done_to, settings.days), until, "daily", wait=True)
             except AlreadyReconciling:
                 pass  # another aggregator has begun it
             except (OncepayError, asyncpg.PostgresError) as error:

@@ -15,7 +15,7 @@ from stripe import StripeClient
 from aggregator import apply, queries
 from aggregator.reconcile.explain import KINDS
 from aggregator.reconcile.ledger import spans
-from aggregator.reconcile.office import due
+from aggregator.reconcile.office import daily_first, due
 from aggregator.reconcile.run import Run
 from oncepay.feed import LinkRow
 from oncepay.ledger import BalanceLink, Entry, Posting, exchange_entries, stripe_fee_entry
@@ -221,6 +221,22 @@ async def test_what_is_younger_than_the_grace_is_no_difference_yet(
 def test_the_daily_run_is_due_once_a_day(now: str, done_to: str | None, hour: int, is_due: bool) -> None:
     moment: Callable[[str], dt.datetime] = lambda text: dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)  # noqa: E731
     assert due(moment(now), moment(done_to) if done_to else None, hour) is is_due
+
+
+@pytest.mark.parametrize(
+    ("done_to", "days", "first"),
+    [
+        (None, 3, "2026-11-02T00:00"),
+        ("2026-11-04T00:00", 3, "2026-11-02T00:00"),
+        ("2026-10-20T00:00", 3, "2026-10-20T00:00"),
+        ("2025-01-01T00:00", 3, "2025-10-01T00:00"),
+        (None, 500, "2025-10-01T00:00"),
+    ],
+)
+def test_no_day_is_left_out_between_daily_runs(done_to: str | None, days: int, first: str) -> None:
+    moment: Callable[[str], dt.datetime] = lambda text: dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)  # noqa: E731
+    until = moment("2026-11-05T00:00")
+    assert daily_first(until, moment(done_to) if done_to else None, days) == moment(first)
 
 
 def test_spans_cover_the_period_once() -> None:
