@@ -152,14 +152,33 @@ class Run:
             if payout.status in FAILED:
                 sides.append((payout.failure_balance_transaction, payout.amount))
             for transaction, amount in sides:
-                async with self._connect() as connection:
-                    row = await connection.fetchrow(SQL["transaction"], transaction) if transaction else None
+                row = await self._transaction(transaction) if transaction else None
                 if row is None or (row["amount"], row["currency"]) != (amount, payout.currency):
                     detail = f"{payout.id} is {payout.status}" + ("" if row else ", and has no transaction for it")
                     await self._differ(
                         "bank_payout", transaction=transaction, source=payout.id, currency=payout.currency, expected=amount,
                         actual=row["amount"] if row else None, detail=detail,
                     )  # fmt: skip
+
+    async def _transaction(self, name: str) -> asyncpg.Record | None:
+        """A transaction, also one of another time: a payout may fail after the period."""
+        async with self._connect() as connection:
+            row = await connection.fetchrow(SQL["transaction"], name)
+        if row is None and await self._found(name):
+            async with self._connect() as connection:
+                row = await connection.fetchrow(SQL["transaction"], name)
+        return row
+
+    async def _found(self, name: str) -> bool:
+        """Look a transaction up that Stripe's list didn't bring, and keep it; whether it is there."""
+        self.checked["looked_up"] += 1
+        try:
+            found = await self._stripe.balance_transaction(name)
+        except StripeRefused:
+            return False
+        async with self._connect() as connection:
+            await keep(connection, [found])
+        return True
 
     async def _compare(self, first: dt.datetime, last: dt.datetime) -> None:
         async with self._connect() as connection, connection.transaction():
@@ -176,14 +195,8 @@ class Run:
             rows = await connection.fetch(SQL["not_in_copy"], self.first, min(self.last, self._settled), LOOKED_UP_MAX + 1)
         for row in rows[:LOOKED_UP_MAX]:
             name = row["balance_transaction"]
-            try:
-                found = await self._stripe.balance_transaction(name)
-            except StripeRefused:
+            if not await self._found(name):
                 await self._differ("not_at_stripe", transaction=name, key=row["key"], entry_id=row["entry_id"])
-            else:
-                async with self._connect() as connection:
-                    await keep(connection, [found])
-            self.checked["looked_up"] += 1
             await self._note()
         if len(rows) > LOOKED_UP_MAX:
             await self._differ("not_looked_up", detail=f"more than {LOOKED_UP_MAX}")

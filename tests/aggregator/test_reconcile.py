@@ -18,11 +18,13 @@ from aggregator.reconcile.ledger import spans
 from aggregator.reconcile.office import daily_first, due
 from aggregator.reconcile.run import Run
 from oncepay.feed import LinkRow
-from oncepay.ledger import BalanceLink, Entry, Posting, exchange_entries, stripe_fee_entry
+from oncepay.keys import transaction_key
+from oncepay.ledger import BalanceLink, Entry, Posting, exchange_entries, stripe_fee_entry, transaction_entries
 from oncepay.settings import StripeSettings
-from oncepay.stripe_client import StripeGateway
+from oncepay.stripe_client import StripeGateway, StripeRefused
+from oncepay.stripe_objects import ErrorObject
 from tests.aggregator.strategies import History, coded_rows, entry_row
-from tests.sandbox.process import KEY, StandIn, stripe_client
+from tests.sandbox.process import KEY, StandIn, event_of, stripe_client
 
 SQL = queries.load("reconcile.sql")
 REAL = pytest.mark.cluster
@@ -59,12 +61,12 @@ class Shop:
         self.intents: dict[str, tuple[str, str]] = {}
         self.began = dt.datetime.now(dt.UTC)
 
-    async def charge(self, amount: int, currency: str = "usd") -> tuple[str, str, Any]:
+    async def charge(self, amount: int, currency: str = "usd", card: str = "pm_card_visa") -> tuple[str, str, Any]:
         """A charge: the key of its payment, its id, its balance transaction."""
         params: Any = {
             "amount": amount,
             "currency": currency,
-            "payment_method": "pm_card_visa",
+            "payment_method": card,
             "confirm": True,
             "capture_method": "automatic",
             "expand": ["latest_charge.balance_transaction"],
@@ -89,9 +91,9 @@ class Shop:
             if linked:
                 self.history.links.append(LinkRow(lsn, 0, row.slot, key, entry.entry_id, transaction, at_us))
 
-    async def paid(self, amount: int, currency: str = "usd") -> tuple[str, Any]:
+    async def paid(self, amount: int, currency: str = "usd", card: str = "pm_card_visa") -> tuple[str, Any]:
         """A charge that is booked as it should be."""
-        key, charge, transaction = await self.charge(amount, currency)
+        key, charge, transaction = await self.charge(amount, currency, card)
         entries = [paid_entry(amount, currency, charge)]
         if transaction.currency != currency:
             entries += exchange_entries(transaction.id, currency, amount, transaction.currency, transaction.amount)
@@ -206,6 +208,30 @@ async def test_what_is_younger_than_the_grace_is_no_difference_yet(
     shop.book("key-alone", "", paid_entry(55, "usd", "ch_alone"), linked=False)
     assert (await reconciled(shop, stand_in, aggregator_dsn, dt.timedelta(hours=1)))[0] == {}
     assert len((await reconciled(shop, stand_in, aggregator_dsn))[0]) == 2
+
+
+@REAL
+async def test_a_payout_to_the_bank_that_failed_after_the_period(
+    monkeypatch: pytest.MonkeyPatch, connection: asyncpg.Connection, aggregator_dsn: str, stand_in: StandIn, shop: Shop
+) -> None:
+    """What brought it back isn't in the period's list; it is looked up."""
+    await shop.paid(77_700, card="pm_card_bypassPending")
+    params: Any = {"amount": 5_000, "currency": "usd", "destination": "ba_sandbox_no_account"}
+    payout = await shop.client.v1.payouts.create_async(params)
+    transaction = str(payout.balance_transaction)
+    shop.book(transaction_key(transaction), transaction, *transaction_entries(transaction, "usd", -5_000, 0, bank=True))
+    for seconds in (11, 86_401):
+        stand_in.advance(seconds)
+    failed = (await event_of(shop.client, "payout.failed", payout.id)).data.object["failure_balance_transaction"]
+    found, run = await reconciled(shop, stand_in, aggregator_dsn)
+    assert (found, run.checked["bank_payouts"], run.checked["looked_up"]) == ({}, 1, 1)
+
+    async def refused(*_: object) -> None:
+        raise StripeRefused(ErrorObject("invalid_request_error", "resource_missing"))
+
+    monkeypatch.setattr(StripeGateway, "balance_transaction", refused)
+    found, _ = await reconciled(shop, stand_in, aggregator_dsn)
+    assert set(found) == {("bank_payout", failed)}
 
 
 @pytest.mark.parametrize(
