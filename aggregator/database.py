@@ -81,9 +81,9 @@ class Database:
             raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
 
     @contextlib.asynccontextmanager
-    async def snapshot(self) -> AsyncIterator[asyncpg.Connection]:
+    async def snapshot(self, use: Use = "read") -> AsyncIterator[asyncpg.Connection]:
         """A connection whose statements all see the same moment: data and positions agree."""
-        async with self.connection("read") as connection:
+        async with self.connection(use) as connection:
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 yield connection
 

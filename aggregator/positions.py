@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 import asyncpg
 
 from aggregator import queries
-from aggregator.database import Database
+from aggregator.database import Database, Use
 from aggregator.views import Positions
 from oncepay.errors import InvalidField, Unavailable
 from oncepay.feed import lsn_text, parse_lsn
@@ -69,13 +69,13 @@ class Reader:
 
     @contextlib.asynccontextmanager
     async def snapshot(
-        self, wanted: Mapping[str, int], *, wait_s: float = WAIT_S
+        self, wanted: Mapping[str, int], *, wait_s: float = WAIT_S, use: Use = "read"
     ) -> AsyncIterator[tuple[asyncpg.Connection, Positions]]:
         """A snapshot with its positions, at or past `wanted`. Raises PositionNotReached after `wait_s`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait_s
         while True:
-            async with self._database.snapshot() as connection:
+            async with self._database.snapshot(use) as connection:
                 positions = {row["shard"]: row["lsn"] for row in await connection.fetch(SQL["positions"])}
                 if reached(positions, wanted):
                     yield connection, shown(positions)

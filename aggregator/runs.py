@@ -92,7 +92,8 @@ class Runs:
         inquiries = sums_of_inquiries(await self._store.disputed())
         hold_s = self._settings.hold_s
         since = min(moment.now for moment in moments.values()) - dt.timedelta(seconds=hold_s) if hold_s else None
-        async with self._reader.snapshot({shard: moment.lsn for shard, moment in moments.items()}) as (connection, positions):
+        wanted = {shard: moment.lsn for shard, moment in moments.items()}
+        async with self._reader.snapshot(wanted, use="work") as (connection, positions):
             owed = await balances(connection, currency, sellers, since)
         made, held = await self._proposals(name, created_by, owed, inquiries, positions)
         if not dry_run and made:

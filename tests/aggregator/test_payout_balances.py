@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import asyncpg
 import pytest
@@ -12,13 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from aggregator import apply
+from aggregator import apply, database, runs
+from aggregator.database import Database
+from aggregator.positions import Reader
 from aggregator.propose import Owed
-from aggregator.runs import balances
+from aggregator.runs import Runs, balances
 from oncepay.feed import EntryRow, FeedBatch, PayoutRow
 from oncepay.keys import payout_key
 from oncepay.ledger import payout_entry, payout_returned_entry
-from oncepay.payout import GIVEN_BACK, PayoutStatus, ref_code
+from oncepay.payment import Payment
+from oncepay.payout import GIVEN_BACK, Payout, PayoutStatus, ref_code
+from oncepay.settings import PayoutSettings, TipaltiSettings
+from oncepay.tipalti_client import TipaltiClient
+from shard.store.payouts import Moment, PayoutStore
+from shard.store.store import Shards
 from tests.aggregator.database import EPOCH, empty
 from tests.aggregator.strategies import DAY_US, FIRST_US, History, entry_row, histories, slot_of
 from tests.aggregator.test_apply import REAL
@@ -126,3 +135,25 @@ async def test_a_payout_whose_entry_is_missing_holds_the_next_one_back(connectio
     row = payout_row(history.commit(), "ann", 3)
     await apply.apply(connection, replace(history.whole(), payouts=(row,)))
     assert await balances(connection, None, None, None) == [Owed("ann", "usd", 700, 0, 3, False)]
+
+
+class NoRows:
+    """A `PayoutStore` without a shard."""
+
+    async def moments(self) -> dict[str, Moment]:
+        return {}
+
+    async def disputed(self) -> list[Payment]:
+        return []
+
+    async def make(self, payouts: Sequence[Payout], not_after: Mapping[str, dt.datetime]) -> Mapping[str, str]:
+        raise AssertionError("nobody is owed anything")
+
+
+async def test_a_run_may_read_for_longer_than_a_reader(monkeypatch: pytest.MonkeyPatch, aggregator_dsn: str) -> None:
+    monkeypatch.setattr(database, "READ_STATEMENT_S", 1)
+    slow = "select $1::text, $2::text[], $3::timestamptz from pg_sleep(1.2) s (slept) where slept is null"
+    monkeypatch.setattr(runs, "SQL", {"owed": slow})
+    async with Database(aggregator_dsn) as connected, TipaltiClient(TipaltiSettings()) as tipalti:
+        made = Runs(Reader(connected), cast(Shards, None), cast(PayoutStore, NoRows()), tipalti, PayoutSettings())
+        assert (await made.run("ann")).payouts == []
