@@ -26,7 +26,7 @@ SLACK_S = 60
 EVENT_OVERLAP_S = 30
 """What was handed over must reach this close to now: an event is handed over only some seconds after it was made."""
 CHANGED_MAX = 10_000
-"""So many payments with events are remembered before those that are settled are forgotten."""
+"""So many payments that have to be asked for are remembered before those that are settled are forgotten."""
 SINGLE_AT = frozenset({8, 32})
 """At these looks a payment is asked for singly, whatever the events say."""
 
@@ -77,6 +77,7 @@ class Bulk:
         self._first_s = first_s
         self._now = now
         self._changed: set[Key] = set()
+        self._changed_max = CHANGED_MAX
         self._covered_from_s = 0.0
         self._covered_to_s = 0.0
 
@@ -133,13 +134,18 @@ class Bulk:
     def handed(self, from_s: float, to_s: float, keys: Iterable[Key]) -> None:
         """All events that Stripe made from `from_s` to `to_s` have been handed to this shard; these payments had some."""
         for key in keys:
-            if key in self._cache:
-                self._changed.add(key)
-        if len(self._changed) > CHANGED_MAX:
+            self.unsure(key)
+        if len(self._changed) > self._changed_max:
             self._changed = {key for key in self._changed if key in self._cache}
+            self._changed_max = max(CHANGED_MAX, 2 * len(self._changed))
         if from_s > self._covered_to_s:
             self._covered_from_s = from_s  # something is missing in between
         self._covered_to_s = max(self._covered_to_s, to_s)
+
+    def unsure(self, key: Key) -> None:
+        """This payment had an event, or a look at it brought no answer: the next one may not find it unchanged without asking."""
+        if key in self._cache:
+            self._changed.add(key)
 
 
 def _sort_one(result: Sorted, pending: Pending, view: IntentView) -> None:

@@ -74,6 +74,7 @@ class Handed:
         aftercare = event.type in REFUNDS or event.type in DISPUTES
         if not aftercare and key not in self._cache:
             return "not pending"
+        self._bulk.unsure(key)  # before its look can be due
         if not aftercare and event.type not in TERMINAL:
             return "hurried" if self._cache.hurry(key) else "young"
         payment = await self._store.get(key)

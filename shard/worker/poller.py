@@ -105,7 +105,9 @@ class Poller:
         probing = self.breaker.open
         if probing:
             self.breaker.probing()
-            self._start(taken[0], None)  # the others are due again later
+            self._start(taken[0], None)
+            for pending in taken[1:]:  # due again later
+                self._bulk.unsure(pending.key)
             return
         now_s = time.time()
         alone = [p for p in taken if p.status is Status.CREATED or _may_be_over(p, now_s)]
@@ -146,16 +148,16 @@ class Poller:
                     self.breaker.unanswered()
                 else:
                     self.breaker.failure()
-                self._note(pending, how, error.slug, error)
+                self._failed(pending, how, error.slug, error)
                 return
             except OncepayError as error:
                 self.breaker.unanswered()
-                self._note(pending, how, error.slug, error)
+                self._failed(pending, how, error.slug, error)
                 return
             except Exception as error:
                 self.breaker.unanswered()
                 _log.exception("poll failed", key=pending.key)
-                self._note(pending, how, "error", error)
+                self._failed(pending, how, "error", error)
                 return
         self.breaker.success()
         if payment is None:
@@ -180,6 +182,11 @@ class Poller:
         if payment.terminal and payment.open_work:
             return await self._driver.drive_on(pending.key)  # a refund or a dispute, of which the intent doesn't tell
         return payment if payment.settled else await self._driver.drive(payment)
+
+    def _failed(self, pending: Pending, how: str, outcome: str, error: Exception) -> None:
+        """This look was counted, and said nothing: the next one has to."""
+        self._bulk.unsure(pending.key)
+        self._note(pending, how, outcome, error)
 
     def _note(self, pending: Pending, how: str, outcome: str, error: BaseException | None = None) -> None:
         metrics.POLLS.labels(self._shard, how, outcome).inc()

@@ -9,13 +9,15 @@ import msgspec
 import pytest
 
 from oncepay.breaker import Breaker
-from oncepay.errors import StripeUnavailable
+from oncepay.budget import BudgetShort
+from oncepay.errors import StripeUnavailable, WrongState
 from oncepay.keys import slot
 from oncepay.payment import Charge, IntentView, Key, Payment, Status
 from oncepay.settings import PollSettings
+from oncepay.stripe_client import StripeStored
 from oncepay.stripe_objects import IntentList, IntentObject
 from shard.store.batch import EpochOver
-from shard.worker.bulk import Bulk, decide
+from shard.worker.bulk import CHANGED_MAX, SINGLE_AT, Bulk, decide
 from shard.worker.cache import Pending, PendingCache
 from shard.worker.errors import StandDown
 from shard.worker.poller import Poller
@@ -316,3 +318,68 @@ async def test_whatever_goes_wrong_with_one_it_is_due_again() -> None:
     poller = Poller("s0", cache, rows, rows, Bulk(Lists(), cache, "s0", 1.0), lambda _: True)
     await until_called(poller, rows, 2)
     assert "a" in cache
+
+
+LONG_S = 3 * PollSettings().max_s
+"""After so long the next look is due, whichever it is."""
+
+
+def looked_at_often(lists: Lists, clock: Clock, *keys: str) -> tuple[Bulk, PendingCache]:
+    """Payments that were looked at so often that only an event brings a single look."""
+    bulk, cache = bulk_for(lists, clock, list(keys))
+    for _ in range(max(SINGLE_AT) + 1):
+        clock.now_s += LONG_S
+        assert len(cache.take_due(10)) == len(keys)
+    bulk.handed(0, clock.now_s, [])
+    return bulk, cache
+
+
+@pytest.mark.parametrize(
+    "error", [StripeUnavailable("down"), BudgetShort("no turn"), StripeStored("500"), WrongState("moved"), RuntimeError("ours")]
+)
+async def test_an_event_is_not_forgotten_with_a_look_that_failed(error: Exception) -> None:
+    clock, rows = Clock(10_000), Rows(new_payment("a", status=Status.PROCESSING), new_payment("b", status=Status.PROCESSING))
+    bulk, cache = looked_at_often(Lists(), clock, "a", "b")
+    poller = Poller("s0", cache, rows, rows, bulk, lambda _: True)
+    clock.now_s += LONG_S
+    bulk.handed(clock.now_s - LONG_S, clock.now_s, [Key("a")])
+    rows.error = error
+    await until_called(poller, rows, 1)
+    clock.now_s += LONG_S
+    bulk.handed(clock.now_s - LONG_S, clock.now_s, [])
+    rows.error = None
+    await until_called(poller, rows, 2)
+    assert rows.calls == [("drive_on", "a")] * 2
+    clock.now_s += LONG_S
+    bulk.handed(clock.now_s - LONG_S, clock.now_s, [])
+    assert not (await bulk.sort(cache.take_due(10))).left, "it was answered"
+
+
+async def test_who_waits_behind_a_probe_is_asked_for_singly_later() -> None:
+    """Its look is counted, and events that were missed before it would not be asked about any more."""
+    clock, rows = Clock(10_000), Rows(new_payment("a", status=Status.PROCESSING), new_payment("b", status=Status.PROCESSING))
+    bulk, cache = looked_at_often(Lists(), clock, "a", "b")
+    poller = Poller("s0", cache, rows, rows, bulk, lambda _: True)
+    poller.breaker = Breaker(1, clock)
+    poller.breaker.failure()
+    for key in ("a", "b"):
+        cache.hurry(key)
+    clock.now_s += LONG_S
+    await until_called(poller, rows, 1)
+    assert not poller.breaker.open
+    [(_, probed)] = rows.calls
+    clock.now_s += LONG_S
+    bulk.handed(clock.now_s - LONG_S, clock.now_s, [])
+    assert {probed, *(pending.key for pending in (await bulk.sort(cache.take_due(10))).left)} == {"a", "b"}
+
+
+def test_of_what_had_events_and_is_settled_nothing_is_kept() -> None:
+    clock = Clock(10_000)
+    keys = [f"k{n}" for n in range(CHANGED_MAX + 1)]
+    bulk, cache = bulk_for(Lists(), clock, keys)
+    for key in keys[1:]:
+        bulk.unsure(Key(key))
+        cache.put(key, "succeeded", 4, False, FAR_S)
+    bulk.unsure(Key("settled long ago"))
+    bulk.handed(9_000, 9_990, [Key(keys[0])])
+    assert bulk._changed == {keys[0]}
