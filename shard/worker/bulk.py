@@ -7,7 +7,7 @@ than it saves. For old ones the events that the account's reader hands to the sh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Literal, NamedTuple, Protocol
 
 from oncepay.payment import IntentView, Key, Status
@@ -47,9 +47,12 @@ class Sorted(NamedTuple):
     left: list[Pending]
 
 
-def decide(pending: Pending, view: IntentView) -> Decision:
-    """What a view means for a payment that the cache knows in some state: nothing new, a fact, or work to be done."""
-    status = pending.status
+def decide(pending: Pending, view: IntentView, *, unsure: bool = False) -> Decision:
+    """What a view means for a payment that the cache knows in some state: nothing new, a fact, or work to be done.
+
+    Somebody may have left work behind: that is found out at the first look, and again when the payment is `unsure`.
+    """
+    status, looked = pending.status, pending.tries > 0 and not unsure
     if view.status == "succeeded":
         fee_known = view.charge is not None and bool(view.charge.balance_transaction) and view.charge.fee >= 0
         return "unchanged" if status is Status.SUCCEEDED and not fee_known else "apply"
@@ -58,11 +61,11 @@ def decide(pending: Pending, view: IntentView) -> Decision:
     if view.status == "processing":
         return "unchanged" if status in {Status.PROCESSING, Status.CANCELING} else "apply"
     if view.status in {"requires_action", "requires_capture"}:
-        if status is Status.CANCELING:
+        if status is Status.CANCELING or (status is Status.REQUIRES_CAPTURE and not looked):
             return "drive"
         return "unchanged" if status.value == view.status else "apply"
     waits = status in {Status.REQUIRES_PAYMENT_METHOD, Status.ATTEMPTED}
-    return "unchanged" if waits and pending.tries else "drive"  # the first time somebody may have left it behind
+    return "unchanged" if waits and looked else "drive"
 
 
 class Bulk:
@@ -82,16 +85,18 @@ class Bulk:
         self._covered_to_s = 0.0
 
     async def sort(self, due: Sequence[Pending]) -> Sorted:
-        """Sort what is due by what the lists say. Raises StripeUnavailable."""
+        """Sort what is due by what the lists say. Raises StripeUnavailable: then each has to be asked for singly."""
+        unsure = self._changed.intersection(pending.key for pending in due)
+        self._changed -= unsure  # what happens from here on is for the next look
         young = [pending for pending in due if pending.tries <= YOUNG_TRIES]
         old = [pending for pending in due if pending.tries > YOUNG_TRIES]
-        from_intents = await self._by_intents(young) if len(young) >= BULK_MIN else Sorted([], [], young)
-        from_events = self._by_events(old)
+        from_events = self._by_events(old, unsure)
+        from_intents = await self._by_intents(young, unsure) if len(young) >= BULK_MIN else Sorted([], [], young)
         return Sorted(from_intents.apply, from_intents.unchanged + from_events.unchanged, from_intents.left + from_events.left)
 
     # Intents
 
-    async def _by_intents(self, due: Sequence[Pending]) -> Sorted:
+    async def _by_intents(self, due: Sequence[Pending], unsure: Set[Key]) -> Sorted:
         wanted = {pending.key: pending for pending in due}
         result = Sorted([], [], [])
         now_s = self._now()
@@ -107,7 +112,7 @@ class Bulk:
                 pending = wanted.pop(Key(view.key), None)
                 if pending is not None:
                     hits += 1
-                    _sort_one(result, pending, view)
+                    _sort_one(result, pending, view, unsure=pending.key in unsure)
             if not wanted or not page.has_more or hits < HITS_MIN or not page.data:
                 break
             after = page.data[-1].id
@@ -116,14 +121,12 @@ class Bulk:
 
     # Events
 
-    def _by_events(self, due: Sequence[Pending]) -> Sorted:
+    def _by_events(self, due: Sequence[Pending], unsure: Set[Key]) -> Sorted:
         result = Sorted([], [], [])
         for pending in due:
-            quiet = self._covers(pending) and pending.key not in self._changed and pending.tries not in SINGLE_AT
+            quiet = self._covers(pending) and pending.key not in unsure and pending.tries not in SINGLE_AT
             fee_open = pending.status in {Status.SUCCEEDED, Status.CANCELING}  # no event of the intent tells of these
             (result.unchanged if quiet and not fee_open else result.left).append(pending)
-        for pending in due:
-            self._changed.discard(pending.key)
         return result
 
     def _covers(self, pending: Pending) -> bool:
@@ -148,8 +151,8 @@ class Bulk:
             self._changed.add(key)
 
 
-def _sort_one(result: Sorted, pending: Pending, view: IntentView) -> None:
-    decision = decide(pending, view)
+def _sort_one(result: Sorted, pending: Pending, view: IntentView, *, unsure: bool) -> None:
+    decision = decide(pending, view, unsure=unsure)
     if decision == "apply":
         result.apply.append((pending, view))
     elif decision == "unchanged":

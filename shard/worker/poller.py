@@ -96,7 +96,9 @@ class Poller:
             if not self._owns(slot(pending.key)):
                 self._cache.forget(pending.key)
                 self._note(pending, "cache", "moved")
-            elif pending.key not in self._tasks:
+            elif pending.key in self._tasks:
+                self._bulk.unsure(pending.key)  # that look may have read the row before it changed
+            else:
                 mine.append(pending)
         return mine
 

@@ -17,7 +17,7 @@ from oncepay.settings import PollSettings
 from oncepay.stripe_client import StripeStored
 from oncepay.stripe_objects import IntentList, IntentObject
 from shard.store.batch import EpochOver
-from shard.worker.bulk import CHANGED_MAX, SINGLE_AT, Bulk, decide
+from shard.worker.bulk import BULK_MIN, CHANGED_MAX, SINGLE_AT, Bulk, decide
 from shard.worker.cache import Pending, PendingCache
 from shard.worker.errors import StandDown
 from shard.worker.poller import Poller
@@ -86,6 +86,8 @@ def view(status: str, *, fee: int = -1) -> IntentView:
         (Status.REQUIRES_PAYMENT_METHOD, 0, view("requires_payment_method"), "drive"),
         (Status.REQUIRES_PAYMENT_METHOD, 1, view("requires_payment_method"), "unchanged"),
         (Status.PROCESSING, 1, view("requires_payment_method"), "drive"),
+        (Status.REQUIRES_CAPTURE, 0, view("requires_capture"), "drive"),
+        (Status.REQUIRES_CAPTURE, 1, view("requires_capture"), "unchanged"),
     ],
 )
 def test_what_a_listed_view_means(status: Status, tries: int, seen: IntentView, decision: str) -> None:
@@ -383,3 +385,55 @@ def test_of_what_had_events_and_is_settled_nothing_is_kept() -> None:
     bulk.unsure(Key("settled long ago"))
     bulk.handed(9_000, 9_990, [Key(keys[0])])
     assert bulk._changed == {keys[0]}
+
+
+@pytest.mark.parametrize("status", ["requires_capture", "requires_payment_method"])
+async def test_what_was_left_behind_is_driven_on_until_a_look_is_answered(status: str) -> None:
+    """A capture was accepted, or a payment is to be given up, and its router died: at Stripe nothing tells of it."""
+    clock, lists, poll = Clock(10_000), Lists(), PollSettings(first_s=5.0, max_s=20.0)
+    keys = [f"k{n}" for n in range(BULK_MIN)]
+    rows, cache = Rows(*(new_payment(key, status=Status(status)) for key in keys)), PendingCache(poll, clock)
+    for key in keys:
+        cache.put(key, status, 3, True, FAR_S)
+        lists.intent(key, status, clock.now_s)
+    bulk = Bulk(lists, cache, "s0", poll.first_s, clock)
+    poller = Poller("s0", cache, rows, rows, bulk, lambda _: True)
+    rows.error = WrongState("not now")
+    clock.now_s += 7
+    await until_called(poller, rows, BULK_MIN)
+    rows.error = None
+    clock.now_s += 25
+    await until_called(poller, rows, 2 * BULK_MIN)
+    assert sorted(rows.calls) == sorted([("drive_on", key) for key in keys] * 2)
+    assert lists.calls == 2
+
+
+async def test_a_look_that_is_due_during_another_is_made_up_for() -> None:
+    """The one under way may have read the row before it changed, and what changed may be no event."""
+    clock, lists = Clock(10_000), Lists()
+    rows = Rows(new_payment("a", status=Status.REQUIRES_CAPTURE))
+    bulk, cache = bulk_for(lists, clock, ["a"], "requires_capture")
+    go = asyncio.Event()
+
+    async def slow(key: str) -> Payment | None:
+        rows._note("drive_on", key)
+        await go.wait()
+        return rows.rows[Key(key)]
+
+    rows.drive_on = slow  # type: ignore[method-assign]
+    poller = Poller("s0", cache, rows, rows, bulk, lambda _: True)
+    clock.now_s += 7
+    task = asyncio.create_task(poller.run())
+    try:
+        await asyncio.wait_for(rows.called.wait(), 10)
+        cache.put("a", "requires_capture", 4, True, FAR_S)
+        clock.now_s += 7
+        async with asyncio.timeout(10):
+            while (known := cache.get("a")) is None or not known.tries:
+                await asyncio.sleep(0.01)  # the poller tells of nothing that it leaves out
+        assert Key("a") in bulk._changed
+        assert rows.calls == [("drive_on", "a")]
+    finally:
+        go.set()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
