@@ -14,7 +14,7 @@ from oncepay.errors import InvalidAmount
 from oncepay.events import CaptureRefused, DisputeSeen, Event, IntentSeen, RefundRefused, RefundSeen
 from oncepay.logs import get_logger
 from oncepay.payment import DISPUTE_OVER, Payment, Refund, RefundView
-from oncepay.stripe_client import StripeGateway, StripeRefused, StripeStored
+from oncepay.stripe_client import Declined, StripeGateway, StripeRefused, StripeStored
 
 OVER_AND_OVER = 5
 """Keys that one refund may use up on errors that Stripe has stored."""
@@ -45,7 +45,7 @@ class Aftercare:
         key = self._step_key(payment.key, f"capture:{asked.number}")
         try:
             view = await self._stripe.capture(payment.intent, asked.amount, key, payment.terms.api_version)
-        except (StripeRefused, StripeStored):
+        except (Declined, StripeRefused, StripeStored):
             view = await self._stripe.retrieve(payment.intent)
             if view.status == "requires_capture":  # refused, or stored as an error without an effect: it is over
                 return await self._apply(payment, CaptureRefused(asked.number), event="capture refused")
@@ -75,7 +75,9 @@ class Aftercare:
             try:
                 view = await self._stripe.refund(parameters, key, payment.terms.api_version)
             except StripeRefused as refused:
-                return await self._refused(payment, refund, refused)
+                return await self._refused(payment, refund, refused.code)
+            except Declined as declined:
+                return await self._refused(payment, refund, declined.failure.code)
             except StripeStored:
                 looked = await self.look_refunds(payment, "look after a stored error", strict=False)
                 if looked is not payment:
@@ -84,11 +86,11 @@ class Aftercare:
             return await self._apply(payment, RefundSeen(view), event="refund answered")
         return await self._apply(payment, RefundRefused(refund.key, "processing_error"), event="refund refused")
 
-    async def _refused(self, payment: Payment, refund: Refund, refused: StripeRefused) -> Payment:
-        """Stripe says no: over, unless an earlier try of ours made it after all."""
+    async def _refused(self, payment: Payment, refund: Refund, code: str) -> Payment:
+        """Stripe says no, for the reason `code`: over, unless an earlier try of ours made it after all."""
         views = await self._stripe.refunds(payment.intent)
         if not any(view.key == refund.key for view in views):
-            payment = await self._apply(payment, RefundRefused(refund.key, refused.code), event="refund refused")
+            payment = await self._apply(payment, RefundRefused(refund.key, code), event="refund refused")
         return (await self._seen(payment, views, "refund found"))[0]
 
     async def look_refunds(self, payment: Payment, reason: str, *, strict: bool = True) -> Payment:

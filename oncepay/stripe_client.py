@@ -121,12 +121,12 @@ class StripeGateway:
         return (await self._post("cancel", path, {"expand": EXPAND}, idempotency_key, api_version)).view()
 
     async def capture(self, intent: str, amount: int, idempotency_key: str, api_version: str) -> IntentView:
-        """Capture `amount` minor units. Raises StripeRefused with the intent's view when its state doesn't allow it."""
+        """Capture `amount` minor units. Raises Declined, or StripeRefused with the view of an intent whose state forbids it."""
         path, parameters = f"/v1/payment_intents/{intent}/capture", {"amount_to_capture": amount, "expand": EXPAND}
         return (await self._post("capture", path, parameters, idempotency_key, api_version)).view()
 
     async def refund(self, parameters: Mapping[str, object], idempotency_key: str, api_version: str) -> RefundView:
-        """Make a refund. Raises StripeRefused or StripeUnavailable."""
+        """Make a refund. Raises Declined, StripeRefused or StripeUnavailable."""
         options = {"idempotency_key": idempotency_key, "api_version": api_version}
         body = await self._call("refund", "post", "/v1/refunds", {**parameters, "expand": EXPAND_REFUND}, options)
         return _decoded(body, RefundObject).view()

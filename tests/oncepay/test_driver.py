@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import aiohttp
 import msgspec
 import pytest
 import stripe
+from aiohttp import web
 from msgspec.structs import replace
+from yarl import URL
 
 from oncepay.cart import Item, Share
 from oncepay.driver import Driver, step_key
@@ -17,7 +20,7 @@ from oncepay.payment import Key, Payment, Status, Terms
 from oncepay.settings import StripeSettings
 from oncepay.stripe_client import StripeGateway, StripeRefused
 from oncepay.stripe_objects import RefundList
-from oncepay.transition import AttemptStarted, Event, IntentCreated, RefundRefused, RefundRequested, move
+from oncepay.transition import AttemptStarted, CaptureRequested, Event, IntentCreated, RefundRefused, RefundRequested, move
 from tests.sandbox.process import KEY, StandIn, stripe_client
 
 DECLINED = "pm_card_visa_chargeDeclined"
@@ -196,6 +199,73 @@ async def test_a_refund_that_was_given_up_and_made_all_the_same(gateway: StripeG
     assert {r.key: r.status for r in after.progress.refunds} == {"r1": "failed", f"stripe:{late.id}": "succeeded"}
     assert after.amount_refunded == 300
     assert sum(amount for account, amount in rows.balances.items() if account == "refunds:held") == 0
+
+
+@asynccontextmanager
+async def declining(stand_in: StandIn, path: str, field: str) -> AsyncIterator[StripeGateway]:
+    """The stand-in behind a door that answers 402, with Stripe's error body, to what is posted to `path` with `field` in it."""
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        body = await request.read()
+        if request.method == "POST" and request.path.endswith(path) and field.encode() in body:
+            error = {"type": "card_error", "code": "expired_or_canceled_card", "message": "The card's bank says no."}
+            return web.json_response({"error": error}, status=402)
+        headers = {name: value for name, value in request.headers.items() if name not in {"Host", "Content-Length"}}
+        url = URL(stand_in.url + request.raw_path, encoded=True)
+        async with http.request(request.method, url, data=body, headers=headers) as found:
+            return web.Response(status=found.status, body=await found.read(), content_type="application/json")
+
+    runner = web.ServerRunner(web.Server(answer, access_log=None), shutdown_timeout=1.0)
+    async with aiohttp.ClientSession() as http:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            settings = StripeSettings(base_url=f"http://127.0.0.1:{runner.addresses[0][1]}", api_key=KEY)
+            async with StripeGateway(settings) as opened:
+                yield opened
+        finally:
+            await runner.cleanup()
+
+
+async def test_a_refund_that_is_declined_has_failed_and_holds_up_no_other(gateway: StripeGateway, stand_in: StandIn) -> None:
+    rows, _ = await succeeded(gateway, "declined-refund")
+    asked = [RefundRequested(f"r{n}", (Share("ada", n * 100, n * 10),), "", rows.row.created_at_ms) for n in (3, 2)]
+    row = await rows.apply(rows.row, *asked, event="test")
+    async with declining(stand_in, "/v1/refunds", "amount=300") as declines:
+        after = await Driver(rows, declines).drive(row)
+    assert [(r.key, r.status, r.failure) for r in after.progress.refunds] == [
+        ("r3", "failed", "expired_or_canceled_card"),
+        ("r2", "succeeded", ""),
+    ]
+    assert after.amount_refunded == 200
+    assert rows.balances["refunds:held"] == 0
+
+
+async def test_a_refund_that_was_made_before_a_decline_is_found(
+    gateway: StripeGateway, stand_in: StandIn, client: stripe.StripeClient
+) -> None:
+    rows, _ = await succeeded(gateway, "made-and-declined")
+    asked = RefundRequested("r1", (Share("ada", 300, 30),), "", rows.row.created_at_ms)
+    row = await rows.apply(rows.row, asked, event="test")
+    await client.v1.refunds.create_async(
+        {"payment_intent": row.intent, "amount": 300, "metadata": {"oncepay_key": row.key, "oncepay_refund": "r1"}}
+    )
+    async with declining(stand_in, "/v1/refunds", "amount=300") as declines:
+        after = await Driver(rows, declines).drive(row)
+    assert [(r.key, r.status) for r in after.progress.refunds] == [("r1", "succeeded")]
+
+
+async def test_a_capture_that_is_declined_is_over_and_may_be_asked_for_again(gateway: StripeGateway, stand_in: StandIn) -> None:
+    rows = Rows(payment("declined-capture", payment_method="pm_card_visa", capture_method="manual"))
+    driver = Driver(rows, gateway)
+    assert (await driver.drive(rows.row)).status is Status.REQUIRES_CAPTURE
+    asked = CaptureRequested(1000, (Share("ada", 1000, 100),))
+    row = await rows.apply(rows.row, asked, event="test")
+    async with declining(stand_in, "/capture", "amount_to_capture") as declines:
+        after = await Driver(rows, declines).drive(row)
+    assert (after.status, after.progress.capture, after.settled) == (Status.REQUIRES_CAPTURE, None, True)
+    after = await driver.drive(await rows.apply(after, asked, event="test"))
+    assert (after.status, after.amount_captured, after.progress.captures) == (Status.SUCCEEDED, 1000, 2)
 
 
 async def test_an_intent_that_the_account_does_not_have_is_given_up_only_past_its_time(
