@@ -96,7 +96,7 @@ def _seen(status: str, charge: Charge | None = None, failure: Failure | None = N
 
 
 def _refund(status: words.RefundStatus, transaction: BalanceTransaction | None) -> RefundSeen:
-    return RefundSeen(RefundView("re_1", status, 2250, transaction=transaction))
+    return RefundSeen(RefundView("re_1", status, 2250, transaction=transaction), fee_back=True)
 
 
 EXAMPLES: tuple[tuple[str, Event], ...] = (

@@ -31,12 +31,16 @@ class Apply(Protocol):
 
 
 class Aftercare:
-    """The steps of captures, refunds and disputes. `step_key(key, step)` makes Stripe's idempotency keys."""
+    """The steps of captures, refunds and disputes. `step_key(key, step)` makes Stripe's idempotency keys.
 
-    def __init__(self, stripe: StripeGateway, apply: Apply, step_key: Callable[[str, str], str]) -> None:
+    `fee_back` says whether a refund that was made at Stripe gives the platform's fee back.
+    """
+
+    def __init__(self, stripe: StripeGateway, apply: Apply, step_key: Callable[[str, str], str], *, fee_back: bool) -> None:
         self._stripe = stripe
         self._apply = apply
         self._step_key = step_key
+        self._fee_back = fee_back
 
     async def capture(self, payment: Payment) -> Payment:
         """Capture what the row says, and commit the outcome. Raises StripeUnavailable: the worker looks later."""
@@ -83,7 +87,7 @@ class Aftercare:
                 if looked is not payment:
                     return looked
                 continue  # nothing was made, and this key will repeat its error for ever
-            return await self._apply(payment, RefundSeen(view), event="refund answered")
+            return await self._apply(payment, RefundSeen(view, self._fee_back), event="refund answered")
         return await self._apply(payment, RefundRefused(refund.key, "processing_error"), event="refund refused")
 
     async def _refused(self, payment: Payment, refund: Refund, code: str) -> Payment:
@@ -108,15 +112,16 @@ class Aftercare:
         """All in one commit; one by one when some can't be adopted yet."""
         if not views:
             return payment, None
+        seen = [RefundSeen(view, self._fee_back) for view in reversed(views)]
         try:
-            return await self._apply(payment, *map(RefundSeen, reversed(views)), event=reason), None
+            return await self._apply(payment, *seen, event=reason), None
         except InvalidAmount:
             left: InvalidAmount | None = None
-        for view in reversed(views):
+        for each in seen:
             try:
-                payment = await self._apply(payment, RefundSeen(view), event=reason)
+                payment = await self._apply(payment, each, event=reason)
             except InvalidAmount as error:
-                _log.warning("refund not adopted", key=payment.key, refund=view.id, error=str(error))
+                _log.warning("refund not adopted", key=payment.key, refund=each.view.id, error=str(error))
                 left = error
         return payment, left
 

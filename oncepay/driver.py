@@ -81,13 +81,18 @@ def confirm_parameters(payment: Payment) -> dict[str, object]:
 
 
 class Driver:
-    """Moves payments on. `on_move` hears of every row that this driver committed or found moved."""
+    """Moves payments on. `on_move` hears of every row that this driver committed or found moved.
 
-    def __init__(self, store: PaymentStore, stripe: StripeGateway, on_move: Callable[[Payment], None] | None = None) -> None:
+    `fee_back` (the setting `fee.refunded`) says whether a refund that was made at Stripe gives the platform's fee back.
+    """
+
+    def __init__(
+        self, store: PaymentStore, stripe: StripeGateway, on_move: Callable[[Payment], None] | None = None, *, fee_back: bool
+    ) -> None:
         self._store = store
         self._stripe = stripe
         self._on_move = on_move or (lambda payment: None)
-        self._aftercare = Aftercare(stripe, self._apply, step_key)
+        self._aftercare = Aftercare(stripe, self._apply, step_key, fee_back=fee_back)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def _lock(self, key: str) -> asyncio.Lock:

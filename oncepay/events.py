@@ -97,9 +97,10 @@ class RefundRequested(msgspec.Struct, frozen=True, tag=True):
 
 
 class RefundSeen(msgspec.Struct, frozen=True, tag=True):
-    """A refund as Stripe showed it; one that nobody here asked for is adopted."""
+    """A refund as Stripe showed it; one that nobody here asked for is adopted, with the platform's fee if `fee_back`."""
 
     view: RefundView
+    fee_back: bool
 
 
 class RefundRefused(msgspec.Struct, frozen=True, tag=True):

@@ -127,7 +127,7 @@ def seen(payment: Payment, event: RefundSeen) -> Moved:
     entries: tuple[Entry, ...] = ()
     moved = payment
     if refund is None:
-        shares = spread(payment.left_shares, view.amount, fee_back=True)
+        shares = spread(payment.left_shares, view.amount, fee_back=event.fee_back)
         refund = Refund(adopted_key(view.id), view.amount, shares, view.created_at_ms, id=view.id, reason=view.reason)
         moved, entries, _ = _added(payment, refund)
     return _seen(payment, moved, refund, view, entries)

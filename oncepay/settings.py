@@ -102,8 +102,8 @@ class PayoutSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FeeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The platform's fee for a seller that has none of its own: basis points of the item total plus a fixed part.
 
-    `refunded` gives the platform's fee back with a refund, in proportion. `unknown_sellers` says what becomes of a cart that
-    names a seller that was never put: it gets this fee, or is refused.
+    `refunded` gives the platform's fee back with a refund, in proportion, also with one made at Stripe. `unknown_sellers`
+    says what becomes of a cart that names a seller that was never put: it gets this fee, or is refused.
     """
 
     basis_points: int = 1000

@@ -45,7 +45,7 @@ async def start(service: Service) -> AsyncIterator[None]:
             finished.moved(payment)
             in_flight.moved(payment)
 
-        driver = Driver(store, stripe, moved)
+        driver = Driver(store, stripe, moved, fee_back=settings.fee.refunded)
         payments = PaymentCalls(settings, store, fees, driver, in_flight, macs)
         commands = Commands(settings, store, driver, in_flight, macs)
         lists = Lists(store, stripe, driver)

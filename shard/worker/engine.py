@@ -33,7 +33,7 @@ async def engine(shard: str, name: str, settings: Settings, etcd: Etcd, seat: Se
         tipalti = await stack.enter_async_context(TipaltiClient(settings.tipalti))
         shards = Shards(etcd, settings, role=ROLE, password=settings.postgres.worker_password, actor=name)
         stack.push_async_callback(shards.stop)
-        driver = Driver(shards, stripe)
+        driver = Driver(shards, stripe, fee_back=settings.fee.refunded)
         reader = EventReader(etcd, stripe, shards, driver, lambda: shards.maps.current, http, settings, name)
         worker = Worker(shard, name, settings, shards, stripe, tipalti, driver, reader, seat, http)
         await stack.enter_async_context(Guard(shard, etcd, shards.leaders, settings, lambda: worker.active))

@@ -89,7 +89,7 @@ async def confirming(gateway: StripeGateway, rows: Rows, method: str) -> Payment
 
 async def test_what_stripe_refuses_to_create_has_failed(gateway: StripeGateway) -> None:
     rows = Rows(payment("refused", customer="cus_nobody", payment_method="pm_card_visa"))
-    after = await Driver(rows, gateway).drive(rows.row)
+    after = await Driver(rows, gateway, fee_back=True).drive(rows.row)
     assert after.status is Status.FAILED
     assert after.progress.failure is not None
     assert (after.progress.failure.code, after.intent) == ("resource_missing", "")
@@ -98,7 +98,7 @@ async def test_what_stripe_refuses_to_create_has_failed(gateway: StripeGateway) 
 async def test_a_decline_without_a_charge_after_one_with_a_charge(gateway: StripeGateway) -> None:
     """Off session a card that wants authentication is declined without a charge of its own."""
     rows = Rows(payment("no-charge", payment_method=DECLINED, on_decline="retry", off_session=True))
-    driver = Driver(rows, gateway)
+    driver = Driver(rows, gateway, fee_back=True)
     after = await driver.drive(rows.row)
     assert (after.status, len(after.progress.finished_charges)) == (Status.REQUIRES_PAYMENT_METHOD, 1)
     started = await rows.apply(after, AttemptStarted(2, NEEDS_3DS), event="test")
@@ -110,7 +110,7 @@ async def test_a_decline_without_a_charge_after_one_with_a_charge(gateway: Strip
 
 async def test_a_buyer_who_fails_to_authenticate_may_try_another_card(gateway: StripeGateway, stand_in: StandIn) -> None:
     rows = Rows(payment("no-3ds", payment_method=DECLINED, on_decline="retry"))
-    driver = Driver(rows, gateway)
+    driver = Driver(rows, gateway, fee_back=True)
     started = await rows.apply(await driver.drive(rows.row), AttemptStarted(2, NEEDS_3DS), event="test")
     waiting = await driver.drive(started)
     assert waiting.status is Status.REQUIRES_ACTION
@@ -133,7 +133,7 @@ async def test_an_attempt_whose_key_stripe_has_forgotten_is_looked_for(
     with pytest.raises(stripe.CardError):
         await client.v1.payment_intents.confirm_async(row.intent, {"payment_method": DECLINED})
     rows.row = replace(row, updated_at_ms=row.updated_at_ms - 2 * DAY_MS)
-    after = await Driver(rows, gateway).drive(rows.row)
+    after = await Driver(rows, gateway, fee_back=True).drive(rows.row)
     assert after.status is Status.REQUIRES_PAYMENT_METHOD
     charges = await client.v1.charges.list_async({"payment_intent": row.intent})
     assert len(charges.data) == 1
@@ -148,14 +148,14 @@ async def test_other_parameters_under_the_same_key_are_no_decline(gateway: Strip
         {"payment_method": "pm_card_visa", "return_url": "https://shop.example"},
         {"idempotency_key": step_key(row.key, "confirm:1")},
     )
-    after = await Driver(rows, gateway).drive(row)
+    after = await Driver(rows, gateway, fee_back=True).drive(row)
     assert after.status is Status.SUCCEEDED
     assert after.progress.attempt == 1
 
 
 async def succeeded(gateway: StripeGateway, key: str) -> tuple[Rows, Driver]:
     rows = Rows(payment(key, payment_method="pm_card_visa"))
-    driver = Driver(rows, gateway)
+    driver = Driver(rows, gateway, fee_back=True)
     assert (await driver.drive(rows.row)).status is Status.SUCCEEDED
     return rows, driver
 
@@ -170,6 +170,19 @@ async def test_a_refund_that_the_dashboard_came_before(gateway: StripeGateway, c
     assert after is not None
     assert {r.key: r.status for r in after.progress.refunds} == {"r1": "failed", f"stripe:{made.id}": "succeeded"}
     assert after.amount_refunded == 1000
+
+
+@pytest.mark.parametrize("fee_back", [True, False])
+async def test_a_refund_made_at_stripe_gives_the_fee_back_where_refunds_do(
+    gateway: StripeGateway, client: stripe.StripeClient, fee_back: bool
+) -> None:
+    rows, _ = await succeeded(gateway, f"adopted-{fee_back}")
+    await client.v1.refunds.create_async({"payment_intent": rows.row.intent, "amount": 500})
+    after = await Driver(rows, gateway, fee_back=fee_back).look_after(rows.row.key, "refunds", "test")
+    assert after is not None
+    assert after.amount_refunded == 500
+    fees, payable = (-50, -450) if fee_back else (-100, -400)
+    assert (rows.balances["platform:fees"], rows.balances["seller:ada:payable"]) == (fees, payable)
 
 
 async def test_a_refund_whose_key_stripe_has_forgotten_is_looked_for(gateway: StripeGateway, client: stripe.StripeClient) -> None:
@@ -232,7 +245,7 @@ async def test_a_refund_that_is_declined_has_failed_and_holds_up_no_other(gatewa
     asked = [RefundRequested(f"r{n}", (Share("ada", n * 100, n * 10),), "", rows.row.created_at_ms) for n in (3, 2)]
     row = await rows.apply(rows.row, *asked, event="test")
     async with declining(stand_in, "/v1/refunds", "amount=300") as declines:
-        after = await Driver(rows, declines).drive(row)
+        after = await Driver(rows, declines, fee_back=True).drive(row)
     assert [(r.key, r.status, r.failure) for r in after.progress.refunds] == [
         ("r3", "failed", "expired_or_canceled_card"),
         ("r2", "succeeded", ""),
@@ -251,18 +264,18 @@ async def test_a_refund_that_was_made_before_a_decline_is_found(
         {"payment_intent": row.intent, "amount": 300, "metadata": {"oncepay_key": row.key, "oncepay_refund": "r1"}}
     )
     async with declining(stand_in, "/v1/refunds", "amount=300") as declines:
-        after = await Driver(rows, declines).drive(row)
+        after = await Driver(rows, declines, fee_back=True).drive(row)
     assert [(r.key, r.status) for r in after.progress.refunds] == [("r1", "succeeded")]
 
 
 async def test_a_capture_that_is_declined_is_over_and_may_be_asked_for_again(gateway: StripeGateway, stand_in: StandIn) -> None:
     rows = Rows(payment("declined-capture", payment_method="pm_card_visa", capture_method="manual"))
-    driver = Driver(rows, gateway)
+    driver = Driver(rows, gateway, fee_back=True)
     assert (await driver.drive(rows.row)).status is Status.REQUIRES_CAPTURE
     asked = CaptureRequested(1000, (Share("ada", 1000, 100),))
     row = await rows.apply(rows.row, asked, event="test")
     async with declining(stand_in, "/capture", "amount_to_capture") as declines:
-        after = await Driver(rows, declines).drive(row)
+        after = await Driver(rows, declines, fee_back=True).drive(row)
     assert (after.status, after.progress.capture, after.settled) == (Status.REQUIRES_CAPTURE, None, True)
     after = await driver.drive(await rows.apply(after, asked, event="test"))
     assert (after.status, after.amount_captured, after.progress.captures) == (Status.SUCCEEDED, 1000, 2)
@@ -273,7 +286,7 @@ async def test_an_intent_that_the_account_does_not_have_is_given_up_only_past_it
 ) -> None:
     """Until then it may be Stripe's mistake, and past it nobody confirms it any more."""
     rows = Rows(payment("gone"))
-    driver = Driver(rows, gateway)
+    driver = Driver(rows, gateway, fee_back=True)
     rows.row = replace(await driver.drive(rows.row), intent="pi_nobody_knows")
     with pytest.raises(StripeRefused):
         await driver.drive_on(rows.row.key)
@@ -292,7 +305,7 @@ async def test_an_account_that_knows_none_of_ours_says_nothing_of_what_is_gone()
             row = replace(payment("elsewhere"), status=Status.CANCELING, version=3, intent="pi_elsewhere")
             rows = Rows(row)
             with pytest.raises(StripeRefused):
-                await Driver(rows, gateway).drive(row)
+                await Driver(rows, gateway, fee_back=True).drive(row)
             assert rows.row.status is Status.CANCELING
     finally:
         other.stop()
