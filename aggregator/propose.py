@@ -13,6 +13,7 @@ class Owed(NamedTuple):
     """What a seller is owed in a currency, from one snapshot. Minor units.
 
     `sequence` is its last payout (0: none), `held` whether the entry of that one is among those that `balance` was summed from.
+    `missing` is a payout before it that isn't there (0: none), and whose amount is in `balance` again.
     """
 
     seller: str
@@ -21,6 +22,7 @@ class Owed(NamedTuple):
     pending: int
     sequence: int
     held: bool
+    missing: int = 0
 
 
 class Held(NamedTuple):
@@ -71,12 +73,15 @@ def proposed(
     positions: Mapping[str, str],
     now_ms: int,
 ) -> Payout:
-    """The payout that follows the seller's last one."""
+    """The payout that follows the seller's last one, or first the one that is missing before it.
+
+    That one has the key and the reference code of the payout that was lost, so that Tipalti, which may have paid it, tells.
+    """
     above = settings.approval_above_minor.get(owed.currency)
     return new_payout(
         owed.seller,
         owed.currency,
-        owed.sequence + 1,
+        owed.missing or owed.sequence + 1,
         amount=amount,
         payee=payee,
         run=run,

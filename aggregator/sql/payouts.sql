@@ -20,7 +20,8 @@ where excluded.version > p.version
 -- name: owed
 -- What each seller is owed, where that is anything. $1 a currency or null, $2 sellers or null, $3 since when money is still
 -- pending (null: none is). `pending` is what payments since then brought and haven't lost again. `sequence` is the seller's last
--- payout in the currency (0: none), `held` whether its entry is among those that the balance was summed from.
+-- payout in the currency (0: none), `held` whether its entry is among those that the balance was summed from. `missing` is the first
+-- of the last 32 sequences that isn't there (0: all are): each is on a shard of its own, and a restore may have lost one.
 with owed as (
     select substr(t.account, 8, length(t.account) - 15) as seller, t.currency, sum(t.credit - t.debit) as balance
     from oncepay.current_account_totals t
@@ -39,13 +40,21 @@ with owed as (
     from of_payment group by account, currency
 )
 select o.seller, o.currency, o.balance::bigint as balance, coalesce(f.pending, 0)::bigint as pending,
-       coalesce(p.sequence, 0) as sequence, coalesce(p.held, true) as held
+       coalesce(p.sequence, 0) as sequence, coalesce(p.held, true) as held, coalesce(gap.missing, 0) as missing
 from owed o
 left join fresh f on f.seller = o.seller and f.currency = o.currency
 left join lateral (
     select p.sequence, exists (select from oncepay.entries e where e.key = p.key and e.entry_id = 'payout') as held
     from oncepay.payouts p where p.seller = o.seller and p.currency = o.currency
     order by p.sequence desc limit 1) p on true
+left join lateral (
+    select min(n) as missing from generate_series(greatest(p.sequence - 31, 1), p.sequence) n
+    where (
+            select count(*) from oncepay.payouts q
+            where q.seller = o.seller and q.currency = o.currency and q.sequence > p.sequence - 32
+          ) < least(p.sequence, 32)
+      and not exists (
+            select from oncepay.payouts q where q.seller = o.seller and q.currency = o.currency and q.sequence = n)) gap on true
 order by o.seller, o.currency
 
 -- name: list

@@ -132,8 +132,8 @@ async def test_a_payout_whose_entry_is_missing_holds_the_next_one_back(connectio
     """It can't come without its entry; if it did, its amount would still be in the balance."""
     history = History("s0")
     history.entries.append(entry_row(history.commit(), "k", payout_returned_entry("ann", "usd", 700, "op-1")))
-    row = payout_row(history.commit(), "ann", 3)
-    await apply.apply(connection, replace(history.whole(), payouts=(row,)))
+    rows = tuple(payout_row(history.commit(), "ann", sequence) for sequence in (1, 2, 3))
+    await apply.apply(connection, replace(history.whole(), payouts=rows))
     assert await balances(connection, None, None, None) == [Owed("ann", "usd", 700, 0, 3, False)]
 
 
@@ -157,3 +157,22 @@ async def test_a_run_may_read_for_longer_than_a_reader(monkeypatch: pytest.Monke
     async with Database(aggregator_dsn) as connected, TipaltiClient(TipaltiSettings()) as tipalti:
         made = Runs(Reader(connected), cast(Shards, None), cast(PayoutStore, NoRows()), tipalti, PayoutSettings())
         assert (await made.run("ann")).payouts == []
+
+
+@REAL
+@given(last=st.integers(1, 40), lost=st.sets(st.integers(1, 40), max_size=3))
+async def test_the_first_payout_that_is_missing_before_the_last_one_is_told(
+    aggregator_dsn: str, connection: asyncpg.Connection, last: int, lost: set[int]
+) -> None:
+    """Of the last 32, and of this seller and currency alone."""
+    owner = await asyncpg.connect(aggregator_dsn)
+    await empty(owner)
+    await owner.close()
+    history = History("s0")
+    history.entries.append(entry_row(history.commit(), "k", payout_returned_entry("ann", "usd", 700, "op-1")))
+    there = [sequence for sequence in range(1, last + 1) if sequence == last or sequence not in lost]
+    rows = [payout_row(history.commit(), "ann", sequence) for sequence in there]
+    rows += [payout_row(history.commit(), "bob", sequence) for sequence in range(1, 41)]
+    await apply.apply(connection, replace(history.whole(), payouts=tuple(rows)))
+    missing = next((sequence for sequence in range(max(1, last - 31), last) if sequence in lost), 0)
+    assert await balances(connection, None, None, None) == [Owed("ann", "usd", 700, 0, last, False, missing)]

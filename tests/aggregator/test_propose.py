@@ -55,10 +55,11 @@ def test_a_large_payout_waits_for_a_second_operator() -> None:
 
 
 class Snapshot(NamedTuple):
-    """What a run has read of the aggregator: the seller's balance, and its last payout that is in it."""
+    """What a run has read of the aggregator: the seller's balance, its last payout that is in it, and one missing before that."""
 
     balance: int
     sequence: int
+    missing: int
 
 
 class Books:
@@ -87,14 +88,17 @@ class Books:
     def read(self) -> None:
         """A run reads its snapshot; it may be used much later."""
         applied = self.commits[: self.applied]
-        self.snapshots.append(Snapshot(sum(change for change, _ in applied), max((n for _, n in applied), default=0)))
+        made = {n for _, n in applied if n}
+        last = max(made, default=0)
+        missing = min(set(range(1, last)) - made, default=0)
+        self.snapshots.append(Snapshot(sum(change for change, _ in applied), last, missing))
 
     def run(self, which: int) -> None:
         """A run commits what it has computed from one of the snapshots that were ever taken."""
         if not self.snapshots:
             return
         snapshot = self.snapshots[which % len(self.snapshots)]
-        item = owed(snapshot.balance, sequence=snapshot.sequence)
+        item = owed(snapshot.balance, sequence=snapshot.sequence)._replace(missing=snapshot.missing)
         amount = payable(item, NONE, SETTINGS)
         if isinstance(amount, int):
             payout = proposed(item, amount, "p", SETTINGS, run="r", created_by="schedule", positions={}, now_ms=1)
@@ -118,6 +122,13 @@ class Books:
         for entry in moved.entries:
             back = -sum(p.amount_minor for p in entry.postings if p.account == "seller:ann:payable")
             self.commits.append((back, 0))
+
+    def restore(self, sequence: int) -> None:
+        """A payout's shard is restored to a moment before it, and what is derived of the shard is rebuilt."""
+        del self.payouts[sequence]
+        self.commits = [(change, made) for change, made in self.commits if made != sequence]
+        self.applied = len(self.commits)
+        self.snapshots.clear()
 
     @property
     def taken(self) -> int:
@@ -179,6 +190,26 @@ def test_without_the_sequence_rule_the_model_would_pay_twice() -> None:
     assert books.taken == 1_000
     next_sequence = proposed(owed(1_000, sequence=1), 1_000, "p", SETTINGS, run="r", created_by="s", positions={}, now_ms=1)
     assert next_sequence.sequence not in books.payouts, "a sequence that is not of the last payout held would have been free"
+
+
+def test_a_payout_that_a_restore_lost_is_made_again_under_its_own_code() -> None:
+    """Tipalti has paid it, and knows the code. Under the next sequence its amount would be paid once more."""
+    books = Books()
+    codes = []
+    for amount in (1_000, 2_000):
+        books.earn(amount)
+        books.feed(1.0)
+        books.read()
+        books.run(-1)
+        codes.append(books.payouts[len(codes) + 1].ref_code)
+        books.tipalti(len(codes) - 1, "Cleared")
+    books.restore(1)
+    for _ in range(2):
+        books.feed(1.0)
+        books.read()
+        books.run(-1)
+    assert sorted(books.payouts) == [1, 2]
+    assert [books.payouts[1].ref_code, books.payouts[1].amount] == [codes[0], 1_000]
 
 
 def disputed(*disputes: Dispute, refunded: int = 0) -> Payment:
