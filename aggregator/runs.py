@@ -1,7 +1,8 @@
 """A payout run: from balances to committed rows. It tells Tipalti nothing; each shard's worker does, once the rows are there.
 
 What keeps a seller from being paid twice or too much, whoever runs, dies or is late:
-- every shard's position is taken first, and the balances are read when the aggregator has applied all up to there;
+- every shard's position is taken first, also of one that owns nothing any more, and the balances are read when the aggregator
+  has applied all up to there;
 - a payout's sequence follows the last one whose entry those very balances hold, and a sequence is made once, by its key;
 - rows are taken only for FRESH_S by the clock of the shard that holds them, so a run that was frozen makes nothing late.
 """
@@ -88,8 +89,9 @@ class Runs:
 
     async def _run(self, created_by: str, *, dry_run: bool, currency: str | None, sellers: Sequence[str] | None) -> RunView:
         name = f"run-{uuid.uuid4().hex[:16]}"
-        moments = await self._store.moments()
+        # In this order: an inquiry that takes the money meanwhile is held and deducted, and never neither.
         inquiries = sums_of_inquiries(await self._store.disputed())
+        moments = await self._store.moments()
         hold_s = self._settings.hold_s
         since = min(moment.now for moment in moments.values()) - dt.timedelta(seconds=hold_s) if hold_s else None
         wanted = {shard: moment.lsn for shard, moment in moments.items()}

@@ -15,6 +15,7 @@ from oncepay.etcd.types import KeyValue
 
 SLOTS = 65_536
 MAP_KEY = "map"
+SHARDS_PREFIX = "shards/"
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -64,6 +65,21 @@ def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((first, last))
     return joined
+
+
+class _Record(msgspec.Struct):
+    """What is read of a shard's own record."""
+
+    restored: bool = False
+
+
+async def read_shards(etcd: Etcd) -> list[str]:
+    """All shards, also those that own nothing; but none that was restored from a backup, whose rows are others', and that has no
+    workers until it is accepted. Raises EtcdUnavailable.
+    """
+    kvs, _ = await etcd.get_prefix(SHARDS_PREFIX)
+    found = {kv.key.removeprefix(SHARDS_PREFIX): msgspec.json.decode(kv.value, type=_Record) for kv in kvs}
+    return sorted(shard for shard, record in found.items() if not record.restored)
 
 
 async def read_map(etcd: Etcd) -> ShardMap | None:

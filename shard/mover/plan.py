@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from oncepay.moves import BUSY, LAG_MAX_BYTES, PAUSE_LIMIT_S, Move
-from oncepay.shardmap import ShardMap
+from oncepay.shardmap import ShardMap, read_shards
 from shard.mover.errors import MoveError
 from shard.mover.records import Records, new_id, now_ms
 from shard.mover.run import Mover
@@ -37,10 +37,6 @@ select (select count(*) from pg_replication_slots)::integer as slots,
        current_setting('sync_replication_slots') as synced,
        current_setting('synchronous_standby_names') as quorum
 """
-
-
-class _Record(msgspec.Struct):
-    restored: bool = False
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -90,7 +86,7 @@ async def plan(
     source = _owner(current, first, last)
     if source == target:
         raise MoveError(f"shard {target} owns slots {first}-{last} already")
-    if target not in await shards_of(mover.records):
+    if target not in await read_shards(mover.records.etcd):
         raise MoveError(f"there is no shard {target} that may take slots")
     sides = [Side(shard, mover.leaders, mover.settings, "oncepay-mover plan") for shard in (source, target)]
     try:
@@ -107,12 +103,6 @@ async def plan(
     if keep and found.ok:
         await mover.records.create(move)
     return found
-
-
-async def shards_of(records: Records) -> list[str]:
-    """All shards, also those that own nothing; but none that was restored from a backup, whose rows are others'."""
-    kvs, _ = await records.etcd.get_prefix("shards/")
-    return sorted(kv.key.removeprefix("shards/") for kv in kvs if not msgspec.json.decode(kv.value, type=_Record).restored)
 
 
 def _owner(current: ShardMap, first: int, last: int) -> str:

@@ -27,6 +27,7 @@ from oncepay.ledger import Entry, payout_entry
 from oncepay.payment import Payment
 from oncepay.payout import Payout, PayoutProgress
 from oncepay.payout_moves import PayoutEvent, is_final, move
+from oncepay.shardmap import SLOTS, merged
 from shard.store.batch import HURRY, Batcher, EntryView
 from shard.store.rows import moment, payment_of
 from shard.store.store import Shards
@@ -123,10 +124,13 @@ class PayoutStore:
         self._nonces = map(f"{secrets.token_hex(8)}-{{:x}}".format, itertools.count(1))
 
     async def moments(self) -> dict[str, Moment]:
-        """Where every shard's log and clock are now, behind the barrier. The feeds are asked to be there soon."""
+        """Where every shard's log and clock are now, behind the barrier. The feeds are asked to be there soon.
+
+        Also of a shard that owns nothing any more: what it committed before may still be on its way.
+        """
 
         async def attempt() -> dict[str, Moment]:
-            names = self._shards.maps.current.shards()
+            names = await self._shards.names()
             read = await asyncio.gather(*(self._shards.batcher(name).read(_MOMENT, message=HURRY) for name in names))
             return {name: Moment(rows[0]["lsn"], rows[0]["now"]) for name, rows in zip(names, read, strict=True)}
 
@@ -197,14 +201,20 @@ class PayoutStore:
         return await self._shards.hold(attempt)
 
     async def disputed(self) -> list[Payment]:
-        """Payments with an open dispute, of all shards. Raises InvalidField when there are too many to look at them all."""
+        """Payments with an open dispute, of all shards, each slot read from its one owner.
+
+        Raises InvalidField when there are too many to look at them all, NotOwner when a range stays nobody's.
+        """
 
         async def attempt() -> list[Payment]:
             names = self._shards.maps.current.shards()
             read = await asyncio.gather(*(self._shards.batcher(name).read(_DISPUTED, DISPUTES_MAX + 1) for name in names))
             if any(len(rows) > DISPUTES_MAX for rows in read):
                 raise InvalidField(f"more than {DISPUTES_MAX} payments of a shard have open disputes")
-            return [payment_of(row) for rows in read for row in rows]
+            owned = sorted((first, last) for rows in read for first, last in rows[0]["owned"])
+            if sum(last - first + 1 for first, last in owned) != SLOTS or merged(owned) != [(0, SLOTS - 1)]:
+                raise NotOwner("a range is handed over: its payments may be read from no shard, or from two")
+            return [payment_of(row) for rows in read for row in rows if row["key"] is not None]
 
         return await self._shards.hold(attempt)
 

@@ -26,7 +26,7 @@ from oncepay.logs import get_logger
 from oncepay.payment import Key, Payment
 from oncepay.ports import StaleView
 from oncepay.settings import Settings
-from oncepay.shardmap import MapWatch
+from oncepay.shardmap import MapWatch, read_shards
 from oncepay.transition import Event, IntentSeen, move
 from shard.store.batch import Answer, Batcher, EntryView
 from shard.store.leader import Leaders
@@ -47,6 +47,7 @@ class Shards:
     """The payments of all shards, for one process. `role` is the Postgres role, `actor` names the process in each row."""
 
     def __init__(self, etcd: Etcd, settings: Settings, *, role: str, password: str, actor: str) -> None:
+        self._etcd = etcd
         self._settings = settings
         self._role = role
         self._password = password
@@ -75,6 +76,10 @@ class Shards:
             found = self._batchers[shard] = Batcher(shard, self.leaders, self.maps, self.connect, self._actor)
             found.start()
         return found
+
+    async def names(self) -> list[str]:
+        """All shards that may still have something to tell, also those that own nothing (any more). Raises EtcdUnavailable."""
+        return sorted({*self.maps.current.shards(), *await read_shards(self._etcd)})
 
     async def connect(self, host: str, port: int) -> asyncpg.Connection:
         """A session with a node, in this process' role."""

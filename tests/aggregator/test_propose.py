@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregator.propose import REASONS, Held, Owed, payable, proposed
-from aggregator.runs import sums_of_inquiries
+from aggregator.runs import Runs, sums_of_inquiries
 from aggregator.schedule import Schedule, parse_schedule
 from oncepay.cart import Item, Share
-from oncepay.errors import SettingsError
+from oncepay.errors import SettingsError, ShardUnavailable
 from oncepay.payment import Dispute, Key, Payment, Progress, Status, Terms
 from oncepay.payout import GIVEN_BACK, PaymentView, Payout, PayoutStatus
 from oncepay.payout_moves import PaymentSeen, SubmissionStarted, move
 from oncepay.settings import PayoutSettings
+from shard.store.payouts import PayoutStore
 
 SETTINGS = PayoutSettings(minimum_minor={"usd": 100}, approval_above_minor={"usd": 10_000})
 NONE: dict[tuple[str, str], int] = {}
@@ -195,7 +196,7 @@ def test_without_the_sequence_rule_the_model_would_pay_twice() -> None:
 def test_a_payout_that_a_restore_lost_is_made_again_under_its_own_code() -> None:
     """Tipalti has paid it, and knows the code. Under the next sequence its amount would be paid once more."""
     books = Books()
-    codes = []
+    codes: list[str] = []
     for amount in (1_000, 2_000):
         books.earn(amount)
         books.feed(1.0)
@@ -228,6 +229,26 @@ def test_an_inquiry_holds_its_amount_by_the_sellers_shares() -> None:
     withdrawn = Dispute("du_4", "needs_response", 2_000, booked=("txn_2",))
     assert sums_of_inquiries([disputed(*over, withdrawn)]) == {}
     assert sums_of_inquiries([disputed(inquiry), disputed(inquiry)])["ann", "usd"] == 3_000
+
+
+async def test_inquiries_are_read_before_the_positions() -> None:
+    """One that takes the money in between is then held and deducted; the other way round it would be neither."""
+    read: list[str] = []
+
+    class Rows:
+        async def disputed(self) -> list[Payment]:
+            read.append("inquiries")
+            return []
+
+        async def moments(self) -> NoReturn:
+            read.append("positions")
+            raise ShardUnavailable("s0")
+
+    nothing: Any = None
+    runs = Runs(nothing, nothing, cast("PayoutStore", Rows()), nothing, SETTINGS)
+    with pytest.raises(ShardUnavailable):
+        await runs.run("ann")
+    assert read == ["inquiries", "positions"]
 
 
 @pytest.mark.parametrize(
