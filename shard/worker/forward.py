@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import aiohttp
 import msgspec
 
+from oncepay.errors import OncepayError
 from oncepay.feed import FEED_ROWS_MAX, FeedAnswer, FeedBatch, FeedPosition, encode_batch, lsn_text
 from oncepay.logs import get_logger
 from oncepay.settings import Settings
+from shard.store.batch import EpochOver
 from shard.worker import metrics
 from shard.worker.errors import FeedDown, FeedHalted, StandDown
 from shard.worker.stream import Stream
@@ -28,6 +30,8 @@ POST_S = 30.0
 RETRY_S, RETRY_MAX_S = 0.2, 5.0
 RECHECK_S = 5.0
 """How often a halted feed looks whether an operator has acted."""
+KEEP_AGAIN_S = 5.0
+"""How long after a failure the shard is asked again to keep that its feed was applied."""
 
 _log = get_logger("feed")
 
@@ -51,7 +55,8 @@ class Forwarder:
         self._epoch = epoch
         self._stream: Stream | None = None
         self._located = False
-        self._applied = False
+        self._applied = asyncio.Event()
+        """The aggregator has had something of the shard's feed."""
         self._queue: deque[Transaction] = deque()
         self._queue_bytes = 0
         self._certain_lsn = 0
@@ -122,6 +127,21 @@ class Forwarder:
                 await self._pause(pause_s)
                 pause_s = min(pause_s * 2, RETRY_MAX_S)
 
+    async def remember(self, keep: Callable[[], Awaitable[object]]) -> None:
+        """Have the shard keep, by `keep`, that its feed was applied, as soon as that is so: a later worker's feed then doesn't
+        begin anew beside an aggregator that has lost everything. Raises EpochOver.
+        """
+        await self._applied.wait()
+        while True:
+            try:
+                await keep()
+                return
+            except EpochOver:
+                raise
+            except OncepayError as error:
+                _log.warning("the shard doesn't know yet that its feed was applied", problem=str(error))
+            await asyncio.sleep(KEEP_AGAIN_S)
+
     @asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
         """Nothing is forwarded and the slot stands still meanwhile; afterwards the aggregator is asked where it is."""
@@ -175,10 +195,10 @@ class Forwarder:
     def _checked(self, position: FeedPosition, stream: Stream) -> int:
         """The watermark to go on from; FeedHalted when what is between it and the stream's start can't come any more."""
         if position.watermark is None:
-            if self._applied:
+            if self._applied.is_set() or stream.fed:
                 raise FeedHalted("the aggregator has lost what it had applied: run `oncepay shards resnapshot`")
             return stream.start_lsn  # the first batch begins where the slot does
-        self._applied = True
+        self._applied.set()
         if position.incarnation != stream.incarnation:
             raise FeedHalted(
                 f"the aggregator follows history {position.incarnation}, the shard is {stream.incarnation}:"
@@ -218,7 +238,7 @@ class Forwarder:
         answer = msgspec.json.decode(await self._call("POST", self._url, encode_batch(batch)), type=FeedAnswer)
         metrics.BATCHES.labels(self._shard, answer.reason or "applied").inc()
         if answer.applied:
-            self._applied = True
+            self._applied.set()
             metrics.FORWARDED.labels(self._shard).inc(rows)
             self._move_to(batch.to_lsn)
             return

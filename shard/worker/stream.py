@@ -25,7 +25,7 @@ _log = get_logger("stream")
 OPTIONS = f"(proto_version '1', publication_names '{PUBLICATION}', binary 'true', messages 'true', origin 'none')"
 _START = f'START_REPLICATION SLOT "{SLOT}" LOGICAL 0/0 {OPTIONS}'
 _STATE = f"""
-    select pg_is_in_recovery(), i.incarnation, w.epoch, s.confirmed_flush_lsn, s.active_pid, s.wal_status
+    select pg_is_in_recovery(), i.incarnation, w.epoch, w.fed, s.confirmed_flush_lsn, s.active_pid, s.wal_status
     from oncepay.identity i
     cross join oncepay.worker_epoch w
     left join pg_replication_slots s on s.slot_name = '{SLOT}' and s.database = current_database()
@@ -43,7 +43,10 @@ class LeaderView(Protocol):
 
 
 class Stream(msgspec.Struct, frozen=True):
-    """An open stream. It begins after `start_lsn`, the slot's confirmed position, in the shard's history `incarnation`."""
+    """An open stream. It begins after `start_lsn`, the slot's confirmed position, in the shard's history `incarnation`.
+
+    `fed`: the shard knows that the aggregator has had something of its feed.
+    """
 
     connection: ReplicationConnection
     node: Node
@@ -51,6 +54,7 @@ class Stream(msgspec.Struct, frozen=True):
     incarnation: str
     start_lsn: int
     log_end_lsn: int
+    fed: bool
 
 
 async def open_stream(node: Node, settings: Settings, name: str, epoch: int) -> Stream:
@@ -73,7 +77,7 @@ async def _start(connection: ReplicationConnection, node: Node, epoch: int) -> S
     rows = await connection.query(_STATE)
     if not rows:
         raise WrongNode(f"{node.name} has no identity yet")
-    [(in_recovery, incarnation, node_epoch, confirmed, active_pid, wal_status)] = rows
+    [(in_recovery, incarnation, node_epoch, fed, confirmed, active_pid, wal_status)] = rows
     if timeline is None or log_end is None or incarnation is None or node_epoch is None:
         raise WrongNode(f"{node.name} has no identity yet")
     if in_recovery == "t":
@@ -92,7 +96,7 @@ async def _start(connection: ReplicationConnection, node: Node, epoch: int) -> S
     connection.confirmed_lsn = start_lsn
     await connection.stream(_START)
     _log.info("stream opened", node=node.name, timeline=int(timeline), start=lsn_text(start_lsn), log_end=log_end)
-    return Stream(connection, node, int(timeline), incarnation, start_lsn, parse_lsn(log_end))
+    return Stream(connection, node, int(timeline), incarnation, start_lsn, parse_lsn(log_end), fed == "t")
 
 
 async def _terminate(connection: ReplicationConnection, pid: int) -> None:

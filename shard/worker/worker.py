@@ -37,6 +37,7 @@ RETRY_S = 0.5
 MEASURE_S = 1.0
 BEHIND_S = 120.0
 """A feed that has not moved for so long is no longer ready."""
+_FED = "select oncepay.feed_applied($1)"
 
 _log = get_logger("worker")
 
@@ -113,6 +114,7 @@ class Worker:
             group.create_task(self._until_lost(), name="seat")
             group.create_task(self.feed.run(), name="feed")
             group.create_task(self.forwarder.run(), name="forwarder")
+            group.create_task(self.forwarder.remember(lambda: batcher.write(_FED, epoch)), name="fed")
             group.create_task(self._poll(batcher, self.feed), name="poller")
             group.create_task(self.resnapshot.run(), name="resnapshot")
             group.create_task(self._reader.run(), name="events")

@@ -23,6 +23,14 @@ update oncepay.identity set shard = {shard}, incarnation = {incarnation};
 -- Whoever worked for the original is nobody here.
 update oncepay.worker_epoch set epoch = epoch + 1, holder = '';
 
+-- The aggregator has nothing of the new incarnation's feed. (A backup may be of before the column.)
+do $$
+begin
+    if exists (select from pg_attribute where attrelid = 'oncepay.worker_epoch'::regclass and attname = 'fed') then
+        update oncepay.worker_epoch set fed = false;
+    end if;
+end $$;
+
 -- Subscriptions of moves would read the original's slots on: they go, and the slots are left alone.
 do $$
 declare

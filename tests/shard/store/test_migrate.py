@@ -12,6 +12,7 @@ import pytest
 from oncepay.keys import slot
 from shard.store import migrate as schema
 from shard.store.migrate import LATEST, MigrationBlocked, SchemaNewer, migrate, migrations, pending
+from shard.store.restored import statements
 from tests.postgres_fixture import PostgresServer, postgres_server
 
 __all__ = ["postgres_server"]
@@ -83,6 +84,20 @@ async def test_older_code_leaves_a_newer_schema_alone(dsn: str) -> None:
     with pytest.raises(SchemaNewer):
         await pending(connection)
     await connection.close()
+
+
+async def test_a_restored_shard_has_fed_nobody(dsn: str) -> None:
+    """Its feed may begin where its slot does. Also of a backup of before that was kept."""
+    await run(dsn, "update oncepay.worker_epoch set fed = true")
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute(statements("s9", "0f"))
+        assert await run(dsn, "select fed from oncepay.worker_epoch") is False
+        await connection.execute("alter table oncepay.worker_epoch drop column fed")
+        await connection.execute(statements("s8", "0e"))
+        assert await run(dsn, "select epoch from oncepay.worker_epoch") == 2
+    finally:
+        await connection.close()
 
 
 WRITES = [

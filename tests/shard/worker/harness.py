@@ -94,6 +94,7 @@ class ShardDatabase:
         self.leaders = OneLeader(self.node)
         self.barriers = 0
         self.barrier_error: Exception | None = None
+        self.keep_error: Exception | None = None
         self._barrier_session: asyncpg.Connection | None = None
 
     @property
@@ -118,6 +119,19 @@ class ShardDatabase:
         if self._barrier_session is None:
             self._barrier_session = await asyncpg.connect(self.dsn)
         await self._barrier_session.execute("select pg_logical_emit_message(true, 'oncepay', $1::text)", nonce)
+
+    async def keep_fed(self, epoch: int) -> None:
+        """As a worker has the shard keep that its feed was applied."""
+        if self.keep_error is not None:
+            raise self.keep_error
+        session = await asyncpg.connect(self.dsn.replace("//postgres@", "//oncepay_worker@"))
+        try:
+            await session.execute("select oncepay.feed_applied($1)", epoch)
+        finally:
+            await session.close()
+
+    async def is_fed(self) -> bool:
+        return bool(await self.connection.fetchval("select fed from oncepay.worker_epoch"))
 
     async def confirmed_lsn(self) -> int:
         lsn = await self.connection.fetchval(
@@ -232,6 +246,7 @@ class RunningFeed:
         self.forwarder = forwarder
         self.seen = seen
         self.tasks: list[asyncio.Task[None]] = []
+        self.keeping: asyncio.Task[None]
 
     @property
     def seen_keys(self) -> list[str]:
@@ -249,9 +264,11 @@ async def running_feed(shard: ShardDatabase, settings: Settings, epoch: int | No
         feed = Feed(SHARD, shard.leaders, settings, "worker-s0-1", epoch, shard.barrier, asyncio.Event(), forwarder, seen.append)
         running = RunningFeed(feed, forwarder, seen)
         running.tasks = [asyncio.create_task(feed.run()), asyncio.create_task(forwarder.run())]
+        running.keeping = asyncio.create_task(forwarder.remember(lambda: shard.keep_fed(epoch)))
         try:
             yield running
         finally:
-            for task in running.tasks:
+            tasks = (*running.tasks, running.keeping)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*running.tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)

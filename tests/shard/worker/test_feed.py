@@ -14,6 +14,7 @@ from oncepay.feed import lsn_text
 from shard.store.rows import Put
 from shard.worker import metrics
 from shard.worker.errors import FeedHalted, StandDown
+from tests.aggregator.database import empty
 from tests.postgres_fixture import PostgresServer, postgres_server
 from tests.shard.worker.harness import (
     SHARD,
@@ -267,6 +268,54 @@ async def test_another_history_stops_the_feed(shard: ShardDatabase, aggregator: 
     async with running_feed(shard, aggregator.settings) as feed:
         await eventually(lambda: "history" in str(feed.forwarder.problem), "the feed halted")
         assert isinstance(feed.forwarder.problem, FeedHalted)
+
+
+async def test_a_worker_that_starts_beside_an_aggregator_that_lost_everything_stops_its_feed(
+    shard: ShardDatabase, aggregator: RunningAggregator
+) -> None:
+    """The shard remembers that there was something. A feed that began where the slot stands would miss all before it."""
+    async with running_feed(shard, aggregator.settings) as feed:
+        await shard.accept("a")
+        await aggregator.holds("a")
+        await eventually(feed.keeping.done, "the shard knows that its feed was applied")
+    assert await shard.is_fed()
+    confirmed = await shard.confirmed_lsn()
+    assert aggregator.connection is not None
+    await empty(aggregator.connection)
+    async with running_feed(shard, aggregator.settings) as feed:
+        await shard.accept("after")
+        await eventually(lambda: isinstance(feed.forwarder.problem, FeedHalted), "the feed halted")
+        text = str(feed.forwarder.problem)
+        assert text == "the aggregator has lost what it had applied: run `oncepay shards resnapshot`"
+        await eventually(lambda: "after" in feed.seen_keys, "the cache goes on")
+        assert await aggregator.keys() == set()
+        assert await shard.confirmed_lsn() == confirmed
+
+
+async def test_a_shard_that_can_not_keep_that_its_feed_was_applied_is_asked_again(
+    shard: ShardDatabase, aggregator: RunningAggregator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shard.worker.forward.KEEP_AGAIN_S", 0.05)
+    shard.keep_error = OutcomeUnknown("no standby")
+    async with running_feed(shard, aggregator.settings) as feed:
+        assert not await shard.is_fed()
+        await shard.accept("a")
+        await aggregator.holds("a")
+        await shard.accept("b")
+        await aggregator.holds("b")
+        assert not feed.keeping.done()
+        assert not await shard.is_fed()
+        shard.keep_error = None
+        await eventually(shard.is_fed, "the shard knows")
+
+
+async def test_only_the_active_worker_says_that_the_feed_was_applied(shard: ShardDatabase) -> None:
+    epoch = int(await shard.connection.fetchval("select oncepay.take_epoch('worker')"))
+    with pytest.raises(asyncpg.PostgresError, match="is over"):
+        await shard.keep_fed(epoch - 1)
+    assert not await shard.is_fed()
+    await shard.keep_fed(epoch)
+    assert await shard.is_fed()
 
 
 async def test_changes_that_come_again_are_dropped_by_the_watermark(shard: ShardDatabase, aggregator: RunningAggregator) -> None:

@@ -158,6 +158,16 @@ class Derived:
             return {}
         return {row["key"]: (row["version"], row["status"]) for row in rows}
 
+    async def known_to_the_shard(self) -> bool:
+        """Whether the shard knows that its feed was applied."""
+        dsn = await asyncio.to_thread(lambda: self._cluster.status().shards[0].dsn)
+        assert dsn is not None
+        connection = await asyncpg.connect(dsn)
+        try:
+            return bool(await connection.fetchval("select fed from oncepay.worker_epoch"))
+        finally:
+            await connection.close()
+
     async def same(self, timeout_s: float = 30) -> None:
         async def equal() -> bool:
             return bool(mine := await self.shard_keys()) and mine == await self.keys()
@@ -271,6 +281,7 @@ async def test_another_worker_takes_over_after_a_kill(
 
         await eventually(has_no_share, "a standby takes no share of the rate budget", 20)
     await accept(store, "before")
+    await eventually(derived.known_to_the_shard, "the shard knows that its feed was applied")
     began_s = time.monotonic()
     first.stop(signal.SIGKILL)
     after = await accept(store, "after")
