@@ -72,7 +72,8 @@ def status(output: str) -> None:
         raise SystemExit(WRONG)
 
 
-async def _status(cluster: Status) -> dict[str, Any]:
+async def ask_status(cluster: Status) -> dict[str, Any]:
+    """What the aggregator says of itself. Raises Unavailable."""
     import aiohttp
 
     headers = {"Authorization": f"Bearer {cluster.api_key}"}
@@ -84,6 +85,11 @@ async def _status(cluster: Status) -> dict[str, Any]:
                     raise Unavailable(str(found.get("detail") or answer.status))
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         raise Unavailable(f"the aggregator can't be reached: {error!r}") from error
+    return found
+
+
+async def _status(cluster: Status) -> dict[str, Any]:
+    found = await ask_status(cluster)
     dsns = {shard.name: shard.dsn for shard in cluster.shards}
     behind = await asyncio.gather(*(_behind_bytes(dsns.get(feed["shard"]), feed["position"]) for feed in found["feeds"]))
     for feed, count in zip(found["feeds"], behind, strict=True):

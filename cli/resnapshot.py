@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from oncepay.errors import OncepayError, Unavailable
 if TYPE_CHECKING:
     import aiohttp
 
+    from cli.needed import Part
     from deploy.local import Status
+    from oncepay.etcd import Etcd
 
 PAUSE_S = 0.3
 ANSWER_S = 30.0
@@ -39,13 +42,15 @@ def resnapshot(names: tuple[str, ...], every: bool, dry_run: bool, output: str) 
     """Rebuild what the aggregator derives from shards, out of their tables.
 
     For a halted feed: what lay between the slot and the aggregator can't come any more. Payments go on meanwhile; the
-    aggregator shows what it had until all is there, and is then exactly at a later position.
+    aggregator shows what it had until all is there, and is then exactly at a later position. What a shard gave away before
+    its feed was applied is rebuilt first, from the shards that have it now.
 
     \b
     Example:
       oncepay shards resnapshot s0 --dry-run
       oncepay shards resnapshot s0
     """
+    from cli.deployment import with_etcd
     from deploy.local import Cluster
 
     if bool(names) == every:
@@ -57,7 +62,12 @@ def resnapshot(names: tuple[str, ...], every: bool, dry_run: bool, output: str) 
         if name not in known:
             raise click.UsageError(f"there is no shard {name}; there are {', '.join(known)}")
     chosen = known if every else list(dict.fromkeys(names))
-    results = asyncio.run(_all(status, token, chosen, dry_run, output))
+    parts = with_etcd(cluster.settings, lambda etcd: _parts(etcd, status, chosen))
+    if output == "text":
+        for part in parts:
+            if part.shard not in chosen:
+                click.echo(f"{part.shard} too: {part.why}")
+    results = asyncio.run(_all(status, token, parts, dry_run, output))
     failed = [result for result in results if result["state"] == "failed"]
     if output == "json":
         click.echo(json.dumps({"ok": not failed, "dry_run": dry_run, "shards": results}))
@@ -66,7 +76,9 @@ def resnapshot(names: tuple[str, ...], every: bool, dry_run: bool, output: str) 
             click.echo(_said(result, dry_run))
     if failed:
         if output == "text":
-            fail(WRONG, "nothing has changed for the shards that failed", as_json=False)
+            left = [part.shard for part in parts[len(results) :]]
+            after = f"; {', '.join(left)} must come after that: run it again" if left else ""
+            fail(WRONG, f"nothing has changed for the shards that failed{after}", as_json=False)
         raise SystemExit(WRONG)
 
 
@@ -79,12 +91,39 @@ def _said(result: dict[str, Any], dry_run: bool) -> str:
     return f"{result['shard']}: {result['rows']:,} rows in {result['seconds']:.1f} s; the feed goes on from {result['position']}"
 
 
-async def _all(status: Status, token: str, shards: list[str], dry_run: bool, output: str) -> list[dict[str, Any]]:
+async def _parts(etcd: Etcd, status: Status, chosen: list[str]) -> list[Part]:
+    """What is to be rebuilt, in this order. Where the aggregator can't say how far it is, no feed counts as applied."""
+    import msgspec
+
+    from cli.aggregator import ask_status
+    from cli.needed import in_order
+    from oncepay.feed import parse_lsn
+    from oncepay.moves import MOVES_PREFIX, Move
+    from oncepay.shardmap import read_map
+
+    current = await read_map(etcd)
+    if current is None:
+        raise Unavailable("etcd has no shard map: `oncepay etcd settle`")
+    kvs, _ = await etcd.get_prefix(MOVES_PREFIX)
+    moves = [msgspec.json.decode(kv.value, type=Move) for kv in kvs]
+    positions: dict[str, int] = {}
+    with contextlib.suppress(Unavailable):
+        positions = {feed["shard"]: parse_lsn(feed["position"]) for feed in (await ask_status(status))["feeds"]}
+    return in_order(chosen, moves, current, positions)
+
+
+async def _all(status: Status, token: str, parts: list[Part], dry_run: bool, output: str) -> list[dict[str, Any]]:
+    """The results, in order; they end where a shard failed that another one needs."""
     import aiohttp
 
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_S), headers=headers) as http:
-        return [await _one(http, status, shard, dry_run, output) for shard in shards]
+        results: list[dict[str, Any]] = []
+        for part in parts:
+            results.append({**await _one(http, status, part.shard, dry_run, output), "why": part.why})
+            if part.why and results[-1]["state"] == "failed" and not dry_run:
+                break
+        return results
 
 
 async def _one(http: aiohttp.ClientSession, status: Status, shard: str, dry_run: bool, output: str) -> dict[str, Any]:

@@ -417,7 +417,7 @@ class Journey:
             pause_s = await handover.run()
         except (MoveStopped, PauseTooLong, Unavailable, MovePaused):
             if not handover.taken:  # else it stays `switch` until the map tells who has the range: whoever goes on sees to that
-                await self._hold.save(state="reversible" if self.move.back else "ready", back=False)
+                await self._kept()
             raise
         await self._after_handover(pause_s)
 
@@ -440,7 +440,11 @@ class Journey:
             await handover.conclude(None)
             await self._after_handover(None)
         else:
-            await self._hold.save(state="reversible" if self.move.back else "ready", back=False)
+            await self._kept()
+
+    async def _kept(self) -> None:
+        """A hand-over has failed, and the giver has the range: the position in the record is of no hand-over that was."""
+        await self._hold.save(state="reversible" if self.move.back else "ready", back=False, drain_lsn="")
 
     # The ends
 

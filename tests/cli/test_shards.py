@@ -6,16 +6,22 @@ import asyncio
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import asyncpg
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from cli.common import UNREACHABLE, USAGE, WRONG
+from cli.needed import Part
+from cli.resnapshot import _all
 from cli.shards import shards
 from cli.shards.check_cache import differing
 from deploy.local import Cluster
+from oncepay.etcd import Etcd
+from oncepay.moves import MOVES_PREFIX, Move
 
 
 def test_differing_names_what_is_missing_extra_or_in_another_state() -> None:
@@ -110,6 +116,56 @@ def test_a_healthy_shard_is_rebuilt_while_it_works(cluster: Cluster, monkeypatch
     assert (result["shard"], result["state"]) == ("s0", "done")
     assert result["rows"] >= 0
     assert "/" in result["position"]
+
+
+async def put_move(cluster: Cluster, move: Move, *, there: bool = True) -> None:
+    """A move's record, as if it had been made."""
+    async with Etcd(cluster.settings.etcd) as etcd:
+        if there:
+            await etcd.put(MOVES_PREFIX + move.id, msgspec.json.encode(move))
+        else:
+            await etcd.delete(MOVES_PREFIX + move.id)
+
+
+@pytest.mark.cluster
+def test_what_a_shard_gave_away_before_its_feed_was_applied_is_rebuilt_first(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONCEPAY_HOME", str(cluster.home))
+    move = Move(
+        id="mtest", first=60_000, last=60_009, source="s0", target="s1", state="finished", goal="finished", drain_lsn="FFFFFFFF/0"
+    )
+    asyncio.run(put_move(cluster, move))
+    try:
+        planned = CliRunner().invoke(shards, ["resnapshot", "s0", "--dry-run"])
+        done = CliRunner().invoke(shards, ["resnapshot", "s0", "--output", "json"])
+        asyncio.run(put_move(cluster, msgspec.structs.replace(move, drain_lsn="0/1")))
+        applied = CliRunner().invoke(shards, ["resnapshot", "s0", "--dry-run", "--output", "json"])
+    finally:
+        asyncio.run(put_move(cluster, move, there=False))
+    why = "it has slots 60000-60009, which s0 gave away while its feed stood still"
+    assert planned.output.startswith(f"s1 too: {why}\ns1: worker-s1-"), planned.output
+    assert done.exit_code == 0, done.output
+    assert [(each["shard"], each["state"], each["why"]) for each in json.loads(done.stdout)["shards"]] == [
+        ("s1", "done", why), ("s0", "done", ""),
+    ]  # fmt: skip
+    assert [each["shard"] for each in json.loads(applied.stdout)["shards"]] == ["s0"]
+
+
+async def test_a_giver_is_not_rebuilt_when_that_of_the_owner_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its position is what tells, the next time, that the owner has to be rebuilt."""
+
+    async def failed(http: object, status: object, shard: str, dry_run: bool, output: str) -> dict[str, str]:
+        return {"shard": shard, "state": "failed"}
+
+    monkeypatch.setattr("cli.resnapshot._one", failed)
+    nothing: Any = None
+
+    async def tried(*parts: Part) -> list[str]:
+        return [result["shard"] for result in await _all(nothing, "", list(parts), False, "json")]
+
+    assert await tried(Part("s1", "it has slots"), Part("s0")) == ["s1"]
+    assert await tried(Part("s1"), Part("s0")) == ["s1", "s0"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["s0", "--all"]])
