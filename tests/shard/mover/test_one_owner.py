@@ -117,5 +117,6 @@ async def test_a_take_that_is_read_late_is_refused(world: World, monkeypatch: py
     assert stopped
     assert not any(psutil.pid_exists(pid) for pid in stopped)
     assert await owners(world) == [SOURCE]
-    assert (await world.moving.records.get(move.id))[0].state == "ready"
+    kept, _ = await world.moving.records.get(move.id)
+    assert (kept.state, kept.drain_lsn) == ("ready", ""), "the position was of a hand-over that never was"
     assert (await world.pay(world.key())).status == "succeeded"
