@@ -19,6 +19,7 @@ from shard.store.lists import LIMIT_DEFAULT, LIMIT_MAX, Cursor, list_disputed, l
 from shard.store.store import Shards
 
 EVIDENCE_CHARACTERS_MAX = 20_000
+LIMIT_DIGITS_MAX = 9
 
 
 class EvidenceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,9 +94,10 @@ def _query(request: web.Request, known: set[str]) -> dict[str, Any]:
 
 def _limit(query: dict[str, Any]) -> int:
     text = query.get("limit", str(LIMIT_DEFAULT))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= LIMIT_MAX):
+    value = int(text) if text.isascii() and text.isdigit() and len(text) <= LIMIT_DIGITS_MAX else 0
+    if not 1 <= value <= LIMIT_MAX:
         raise InvalidField(f"a limit is 1 to {LIMIT_MAX}", field="limit")
-    return int(text)
+    return value
 
 
 def _cursor(query: dict[str, Any]) -> Cursor | None:
