@@ -148,7 +148,7 @@ def decode_bytes(body: bytes, body_type: type[T]) -> T:
         if named := _NAMED.match(text):
             path = f"{path}.{named['name']}" if path else named["name"]
         raise MalformedBody(_AT.sub("", text), field=path or None) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedBody(f"the body is not JSON: {error}" if body else "the body is empty") from None
 
 

@@ -252,7 +252,8 @@ _TIPALTI = call(
     "receiveTipaltiNotification",
     "Take a notification of Tipalti's",
     {"200": answer("What a look at the payment showed is committed.", ref("Received"), {"received": True, "outcome": "applied"})},
-    about="Signed with the account's secret over the raw body; without a secret it is sent back to Tipalti to be verified.",
+    about="Signed with the account's secret over the raw body; without a secret it is sent back to Tipalti to be verified, "
+    "a few at once. At most 64 KiB.",
     tag="webhooks",
     scope=None,
     parameters=[parameter("tipalti-signature", "header", "Tipalti's signature.", TEXT, example="1789555800,5257a869e7")],

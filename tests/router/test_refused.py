@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import aiohttp
-import pytest
+from aiohttp import web
 
 from oncepay.service import Service, listen
-from oncepay.settings import EtcdSettings, Settings
+from oncepay.settings import EtcdSettings, Settings, TipaltiSettings
 from router.app import start
+from router.notifications import BODY_BYTES_MAX, VERIFYING_MAX
 
 NOWHERE = EtcdSettings(endpoints=("127.0.0.1:1",))
+NOTIFICATION = b'{"id": "ipn_1", "type": "completed", "eventData": {"refCode": "p-1"}}'
 
 
 @asynccontextmanager
@@ -22,17 +25,19 @@ async def router(settings: Settings) -> AsyncIterator[aiohttp.ClientSession]:
     service = Service(settings, kind="router", name="router-1")
     sock = listen("127.0.0.1", 0, shared=False)
     ended = asyncio.create_task(service.serve(start, [sock], drain_s=0))
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}") as client:
-        async with asyncio.timeout(10):
-            while True:
-                try:
-                    async with client.get("/livez"):
-                        break
-                except aiohttp.ClientConnectionError:
-                    await asyncio.sleep(0.01)
-        yield client
-    service.stopping.set()
-    assert await ended == 0
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}") as client:
+            async with asyncio.timeout(10):
+                while True:
+                    try:
+                        async with client.get("/livez"):
+                            break
+                    except aiohttp.ClientConnectionError:
+                        await asyncio.sleep(0.01)
+            yield client
+    finally:
+        service.stopping.set()
+        assert await ended == 0
 
 
 async def statuses(client: aiohttp.ClientSession, paths: Sequence[str]) -> dict[str, int]:
@@ -49,3 +54,63 @@ async def test_limits_that_are_none() -> None:
     paths = [f"/v1/{kind}?limit={limit}" for kind in ("payments", "disputes") for limit in none]
     async with router(Settings(etcd=NOWHERE, auth=False)) as client:
         assert await statuses(client, paths) == dict.fromkeys(paths, 422)
+
+
+class Verifier:
+    """Where Tipalti verifies: it holds back its answer, which is that it sent nothing, until `release` is set."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+        self.release = asyncio.Event()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[TipaltiSettings]:
+        app = web.Application()
+        app.router.add_post("/verify", self._verify)
+        runner = web.AppRunner(app, shutdown_timeout=0)
+        await runner.setup()
+        try:
+            await web.SockSite(runner, sock := listen("127.0.0.1", 0, shared=False)).start()
+            url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+            yield TipaltiSettings(base_url=url, verify_url=f"{url}/verify")
+        finally:
+            await runner.cleanup()
+
+    async def _verify(self, request: web.Request) -> web.Response:
+        self.asked.append(await request.read())
+        await self.release.wait()
+        return web.Response(text="INVALID")
+
+
+async def notify(client: aiohttp.ClientSession, body: bytes, signature: str = "") -> tuple[int, str, Mapping[str, str]]:
+    """The answer to a notification: status, problem, headers."""
+    async with client.post("/v1/webhooks/tipalti", data=body, headers={"tipalti-signature": signature}) as answer:
+        return answer.status, (await answer.json(content_type=None))["type"].rpartition("/")[2], answer.headers
+
+
+async def test_notifications_that_nobody_needs_to_verify() -> None:
+    verifier = Verifier()
+    verifier.release.set()
+    too_long = NOTIFICATION[:-1] + b" " * BODY_BYTES_MAX + b"}"
+    async with verifier.serving() as tipalti, router(Settings(etcd=NOWHERE, auth=False, tipalti=tipalti)) as client:
+        assert (await notify(client, too_long))[:2] == (413, "body-too-large")
+        for body in (b"", b"nonsense", b"[]", b'{"id": 1}', b'{"id": "\xff"}', b'{"more": ' + b"[" * 30_000):
+            assert (await notify(client, body))[:2] == (400, "malformed-body")
+        assert verifier.asked == []
+        assert (await notify(client, NOTIFICATION))[:2] == (400, "bad-signature")
+        assert verifier.asked == [NOTIFICATION]
+
+
+async def test_few_notifications_wait_to_be_verified() -> None:
+    verifier = Verifier()
+    async with verifier.serving() as tipalti, router(Settings(etcd=NOWHERE, auth=False, tipalti=tipalti)) as client:
+        sent = [asyncio.create_task(notify(client, NOTIFICATION)) for _ in range(VERIFYING_MAX + 3)]
+        answered = asyncio.as_completed(sent)
+        async with asyncio.timeout(10):
+            refused = [await next(answered) for _ in range(3)]
+        assert {(status, problem, headers["Retry-After"]) for status, problem, headers in refused} == {(503, "too-busy", "1")}
+        verifier.release.set()
+        answers = await asyncio.gather(*sent)
+        assert Counter(status for status, _, _ in answers) == {503: 3, 400: VERIFYING_MAX}
+        assert len(verifier.asked) == VERIFYING_MAX
+        assert (await notify(client, NOTIFICATION))[0] == 400
