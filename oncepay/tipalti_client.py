@@ -46,6 +46,7 @@ TOKEN_SLACK_S = 60.0
 """A token is replaced so long before its end."""
 CONCURRENCY_MAX = 4
 TOLERANCE_S = 300
+STAMP_DIGITS_MAX = 12
 
 CALLS = Counter("oncepay_tipalti_calls_total", "Calls to Tipalti.", ["call", "outcome"])
 SECONDS = Histogram("oncepay_tipalti_call_seconds", "Calls to Tipalti.", ["call"])
@@ -247,7 +248,7 @@ def check_signature(body: bytes, header: str, secrets: Iterable[str], now_s: flo
     """Whether `tipalti-signature` (`<seconds since 1970>,<hex HMAC-SHA256 of "<seconds>-<body>">`) is of one of the secrets
     and at most TOLERANCE_S old."""
     stamp, _, digest = header.partition(",")
-    if not (stamp.isascii() and stamp.isdigit()) or abs(now_s - int(stamp)) > TOLERANCE_S:
+    if not (header.isascii() and stamp.isdigit() and len(stamp) <= STAMP_DIGITS_MAX) or abs(now_s - int(stamp)) > TOLERANCE_S:
         return False
     signed = stamp.encode() + b"-" + body
     made = [hmac.new(secret.encode(), signed, hashlib.sha256).hexdigest() for secret in secrets]

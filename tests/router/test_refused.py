@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
+import msgspec
+import pytest
 from aiohttp import web
 
 from oncepay.service import Service, listen
-from oncepay.settings import EtcdSettings, Settings, TipaltiSettings
+from oncepay.settings import EtcdSettings, Settings, StripeSettings, TipaltiSettings
 from router.app import start
 from router.notifications import BODY_BYTES_MAX, VERIFYING_MAX
 
@@ -82,9 +87,9 @@ class Verifier:
         return web.Response(text="INVALID")
 
 
-async def notify(client: aiohttp.ClientSession, body: bytes, signature: str = "") -> tuple[int, str, Mapping[str, str]]:
+async def notify(client: aiohttp.ClientSession, body: bytes) -> tuple[int, str, Mapping[str, str]]:
     """The answer to a notification: status, problem, headers."""
-    async with client.post("/v1/webhooks/tipalti", data=body, headers={"tipalti-signature": signature}) as answer:
+    async with client.post("/v1/webhooks/tipalti", data=body) as answer:
         return answer.status, (await answer.json(content_type=None))["type"].rpartition("/")[2], answer.headers
 
 
@@ -114,3 +119,40 @@ async def test_few_notifications_wait_to_be_verified() -> None:
         assert Counter(status for status, _, _ in answers) == {503: 3, 400: VERIFYING_MAX}
         assert len(verifier.asked) == VERIFYING_MAX
         assert (await notify(client, NOTIFICATION))[0] == 400
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> tuple[str]:
+    file = tmp_path / "secret"
+    file.write_text("whsec_1")
+    return (str(file),)
+
+
+async def post(client: aiohttp.ClientSession, path: str, name: str, value: bytes) -> tuple[int, str]:
+    """Post NOTIFICATION under a header of any bytes; the answer's status and problem."""
+    assert client._base_url
+    reader, writer = await asyncio.open_connection("127.0.0.1", client._base_url.port)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(NOTIFICATION)}\r\n{name}: ".encode()
+    writer.write(head + value + b"\r\n\r\n" + NOTIFICATION)
+    async with asyncio.timeout(10):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        assert length
+        body = msgspec.json.decode(await reader.readexactly(int(length[1])))
+    writer.close()
+    return body["status"], body["type"].rpartition("/")[2]
+
+
+@pytest.mark.parametrize("made", ["t={now},v1=é", "t={now},v1=\udcff", "t={digits},v1=a", "t=٣,v1=a", "é"])
+async def test_signatures_of_stripe_that_can_t_be(secret: tuple[str], made: str) -> None:
+    value = made.format(now=int(time.time()), digits="1" * 5_000).encode("utf-8", "surrogateescape")
+    async with router(Settings(etcd=NOWHERE, auth=False, stripe=StripeSettings(webhook_secret_files=secret))) as client:
+        assert await post(client, "/v1/webhooks/stripe", "Stripe-Signature", value) == (400, "bad-signature")
+
+
+@pytest.mark.parametrize("made", ["{now},é", "{now},\udcff", "{digits},a", "1" * 400 + ",a", "٣,a", "é"])
+async def test_signatures_of_tipalti_that_can_t_be(secret: tuple[str], made: str) -> None:
+    value = made.format(now=int(time.time()), digits="1" * 5_000).encode("utf-8", "surrogateescape")
+    tipalti = TipaltiSettings(base_url="http://127.0.0.1:1", notification_secret_files=secret)
+    async with router(Settings(etcd=NOWHERE, auth=False, tipalti=tipalti)) as client:
+        assert await post(client, "/v1/webhooks/tipalti", "tipalti-signature", value) == (400, "bad-signature")
