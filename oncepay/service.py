@@ -30,7 +30,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from time import perf_counter
 from typing import NamedTuple, TypeVar
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from oncepay import logs, telemetry
 from oncepay.apikeys import NO_AUTH, PREFIX, ApiKey, Authenticator, Scope
@@ -161,9 +161,9 @@ class Service:
     def _add(self, method: str, path: str, wrapped: Handler) -> None:
         pattern = _MEMBER.sub(r"{\1:[^/]+}", path)  # a member may hold braces too
         if method == "GET":
-            self.app.router.add_get(pattern, wrapped)
+            self.app.router.add_get(pattern, wrapped, expect_handler=_expected)
         else:
-            self.app.router.add_route(method, pattern, wrapped)
+            self.app.router.add_route(method, pattern, wrapped, expect_handler=_expected)
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -290,9 +290,8 @@ class Service:
             await stack.enter_async_context(start(self))
             stack.push_async_callback(self._end_tasks)
             self.spawn(self.etcd.warn_of_old_members(), "etcd-versions")
-            self.app.router.add_route(
-                "*", "/{rest:.*}", self._wrap(self._no_such_route, telemetry.RequestMetrics("*", "*"), None)
-            )
+            no_such_route = self._wrap(self._no_such_route, telemetry.RequestMetrics("*", "*"), None)
+            self.app.router.add_route("*", "/{rest:.*}", no_such_route, expect_handler=_expected)
             runner = web.AppRunner(self.app, handle_signals=False, access_log=None, shutdown_timeout=SHUTDOWN_S)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
@@ -322,6 +321,17 @@ class Service:
 
 
 Start = Callable[[Service], AbstractAsyncContextManager[None]]
+
+
+async def _expected(request: web.Request) -> None:
+    """Let a client that asks before it sends its body go on. aiohttp's own would quote what else is expected, whose bytes may be
+    such as no answer can hold."""
+    if request.version != HttpVersion11:
+        return
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        raise web.HTTPExpectationFailed
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # the answer has not begun
 
 
 def _error_response(request: Request, error: Exception) -> web.Response:

@@ -28,8 +28,9 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
 class Running:
     """A service under test and a client of it."""
 
-    def __init__(self, service: Service, client: aiohttp.ClientSession, ended: asyncio.Task[int]) -> None:
+    def __init__(self, service: Service, port: int, client: aiohttp.ClientSession, ended: asyncio.Task[int]) -> None:
         self.service = service
+        self.port = port
         self.client = client
         self.ended = ended
 
@@ -50,8 +51,8 @@ async def running(start: Start, *, auth: bool = False, drain_s: float = 0.0) -> 
             yield
 
     ended = asyncio.create_task(service.serve(start_then_say, [sock], drain_s=drain_s))
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    async with aiohttp.ClientSession(url) as client:
+    port = int(sock.getsockname()[1])
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
         async with asyncio.timeout(10):
             while not began.is_set():
                 try:
@@ -59,7 +60,7 @@ async def running(start: Start, *, auth: bool = False, drain_s: float = 0.0) -> 
                         began.set()
                 except aiohttp.ClientConnectionError:
                     await asyncio.sleep(0.01)
-        yield Running(service, client, ended)
+        yield Running(service, port, client, ended)
         service.stopping.set()
         await ended
 
@@ -262,3 +263,27 @@ async def test_a_background_task_that_fails_ends_the_process() -> None:
     async with running(start) as it:
         go.set()
         assert await asyncio.wait_for(it.ended, 5) == 1
+
+
+async def raw(port: int, target: bytes, *lines: bytes) -> bytes:
+    """The answer to a GET, whose bytes may be any."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"\r\n".join([b"GET " + target + b" HTTP/1.1", b"Host: x", b"Connection: close", *lines]) + b"\r\n\r\n")
+    async with asyncio.timeout(10):
+        answer = await reader.read()
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize("target", [b"/\xff", b"/k/\xff", b"/livez?\xff=1", b"/livez?a=\xff", b"http://x/\xff", b"/\xc3\xa9"])
+async def test_a_target_holds_ascii_alone(target: bytes) -> None:
+    async with running(ROUTES) as it:
+        assert (await raw(it.port, target)).split(b" ")[1] == b"400"
+
+
+async def test_what_else_than_to_go_on_is_expected() -> None:
+    async with running(ROUTES) as it:
+        assert (await raw(it.port, b"/livez", b"Expect: 100-Continue")).startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
+        for expected in (b"\xff", b"\xc3\xa9", b"tea"):
+            for target in (b"/livez", b"/nothing"):
+                assert (await raw(it.port, target, b"Expect: " + expected)).split(b" ")[1] == b"417"
