@@ -222,7 +222,8 @@ class _Connection(asyncio.Protocol):
         known = _known(name)
         if known in self._headers or known in _UNUSUAL:
             self._unusual = True
-        self._headers[known] = value.decode("utf-8", "surrogateescape")
+        # llhttp leaves the spaces after a value
+        self._headers[known] = value.rstrip(b" \t").decode("utf-8", "surrogateescape")
 
     def on_headers_complete(self) -> None:
         parser = self._parser
