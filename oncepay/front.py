@@ -25,6 +25,8 @@ from oncepay.web import WholeResponse
 
 HEAD_BYTES_MAX = 8 << 10
 """A longer head is aiohttp's to take or to refuse."""
+HEADERS_MAX = 100
+"""Of more headers too it is aiohttp's to say how many are too many."""
 PART_S = 60.0
 """How long a request may take to come whole."""
 IDLE_S = 3630.0
@@ -230,7 +232,7 @@ class _Connection(asyncio.Protocol):
         self._headed = True
         self._found = self._front.find(parser.get_method(), self._url)
         usual = parser.should_keep_alive() and parser.get_http_version() == "1.1" and "host" in self._headers
-        if self._found is None or not usual:
+        if self._found is None or not usual or len(self._headers) > HEADERS_MAX:
             self._unusual = True
 
     def on_body(self, body: bytes) -> None:

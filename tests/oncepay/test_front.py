@@ -142,6 +142,7 @@ UNUSUAL = [
     post(b'{"amount": 11}', b"X-Said: one", b"X-Said: two"),
     post(b'{"amount": 12}', b"X-Long: " + b"y" * 7_000),
     post(b"\x1f\x8b", b"Content-Encoding: gzip"),
+    get(b"/k/a/b", *[b"X-%d: y" % n for n in range(127)]),
 ]
 ENDS = [
     post(b'{"amount": 1}', b"Connection: close"),
@@ -155,6 +156,7 @@ MALFORMED = [
     post(b'{"amount": 1}', b"X Said: space"),
     post(b'{"amount": 1}', b"X-Said: a\x00b"),
     post(b'{"amount": 1}', b"X-Long: " + b"y" * 9_000),
+    get(b"/k/a/b", *[b"X-%d: y" % n for n in range(128)]),
     b"nonsense\r\n\r\n",
 ]
 
