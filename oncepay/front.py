@@ -153,14 +153,17 @@ class _Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._unusual = True
-        if self._unusual or self._raw_bytes > self._front.bytes_max or (self._raw_bytes > HEAD_BYTES_MAX and self._is_long()):
+        if self._unusual or self._raw_bytes > self._front.bytes_max or (self._raw_bytes > HEAD_BYTES_MAX and not self._headed):
             self._hand_on()
         elif self._whole:
             self._serve()
 
     def _is_long(self) -> bool:
-        """Whether the head is longer than it may be here."""
-        return not self._headed or b"".join(self._raw).find(b"\r\n\r\n") > HEAD_BYTES_MAX
+        """Whether the head, which has just come whole, is longer than it may be here. Asked once: what came is put together."""
+        if self._raw_bytes <= HEAD_BYTES_MAX:
+            return False
+        head, _, _ = b"".join(self._raw).lstrip(b"\r\n").partition(b"\r\n\r\n")
+        return len(head) > HEAD_BYTES_MAX
 
     def _hand_on(self) -> None:
         """The connection is aiohttp's from now on, from the first byte that was not answered."""
@@ -232,7 +235,7 @@ class _Connection(asyncio.Protocol):
         self._headed = True
         self._found = self._front.find(parser.get_method(), self._url)
         usual = parser.should_keep_alive() and parser.get_http_version() == "1.1" and "host" in self._headers
-        if self._found is None or not usual or len(self._headers) > HEADERS_MAX:
+        if self._found is None or not usual or len(self._headers) > HEADERS_MAX or self._is_long():
             self._unusual = True
 
     def on_body(self, body: bytes) -> None:

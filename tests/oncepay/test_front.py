@@ -6,7 +6,8 @@ import asyncio
 import random
 import re
 import socket
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import aiohttp
@@ -257,3 +258,77 @@ async def test_a_request_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(front, "PART_S", 0.1)
     async with running(busy=True) as it:
         assert await it.talk(post(b'{"amount": 1}')[:-3]) == b""
+
+
+class Wire(asyncio.Transport):
+    """A connection that goes nowhere."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        pass
+
+
+def joins(work: Callable[[], None]) -> int:
+    """How often bytes are put together while `work` is done."""
+    count = 0
+
+    def seen(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        if event == "c_call" and getattr(argument, "__name__", "") == "join" and getattr(argument, "__self__", None) == b"":
+            count += 1
+
+    sys.setprofile(seen)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("segment_bytes", [1_400, 50])
+@pytest.mark.parametrize("head_bytes", [100, front.HEAD_BYTES_MAX - 200, front.HEAD_BYTES_MAX + 200])
+async def test_a_request_in_many_segments_is_put_together_once(segment_bytes: int, head_bytes: int) -> None:
+    asked = asyncio.Event()
+
+    async def ask(request: Request) -> web.Response:
+        asked.set()
+        return json_response({})
+
+    taken_over: list[bytes] = []
+
+    class Other(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            taken_over.append(data)
+
+    made = front.Front(Other, body_bytes_max=1 << 20)
+    made.route("POST", "/echo", ask)
+    stream = post(b"x" * 1_000_000, b"X-Long: " + b"y" * (head_bytes - 70))
+    assert abs(stream.index(b"\r\n\r\n") - head_bytes) < 50
+    connection = front._Connection(made)
+    connection.connection_made(Wire())
+    segments = [stream[at : at + segment_bytes] for at in range(0, len(stream), segment_bytes)]
+
+    def receive() -> None:
+        for segment in segments:
+            connection.data_received(segment)
+
+    assert joins(receive) <= 3
+    if head_bytes > front.HEAD_BYTES_MAX:
+        assert b"".join(taken_over) == stream
+    else:
+        async with asyncio.timeout(5):
+            await asked.wait()
