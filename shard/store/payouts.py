@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from oncepay.errors import InvalidField, NotFound, OncepayError, OutcomeUnknown
+from oncepay.errors import InvalidField, NotFound, NotOwner, OncepayError, OutcomeUnknown
 from oncepay.keys import funding_key
 from oncepay.keys import slot as slot_of
 from oncepay.ledger import Entry, payout_entry
