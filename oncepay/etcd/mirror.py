@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Self
 
-from oncepay.errors import EtcdUnavailable
+from oncepay.errors import EtcdUnavailable, OncepayError
 from oncepay.etcd.types import Event, KeyValue, Resync
 from oncepay.logs import get_logger
 
@@ -86,7 +86,7 @@ class Mirror:
         return self.kvs.get(key)
 
     def on_change(self, callback: OnChange) -> None:
-        """Call `callback` for each change from now on. It must not raise or block."""
+        """Call `callback` for each change from now on. It must not block; what it raises is logged."""
         self._callbacks.append(callback)
 
     async def wait_synced(self, timeout_s: float) -> None:
@@ -111,7 +111,9 @@ class Mirror:
         while True:
             try:
                 kvs, revision = await self._etcd.get_prefix(self.prefix)
-            except EtcdUnavailable:
+            except OncepayError as error:  # also what etcd refuses, as a proxy or a full member does for a moment
+                if not isinstance(error, EtcdUnavailable):
+                    _log.warning("prefix not read", prefix=self.prefix, error=str(error))
                 await asyncio.sleep(RETRY_PAUSE_S)
                 continue
             self._replace(kvs, revision)
@@ -122,6 +124,9 @@ class Mirror:
                         self._apply(event)
             except TimeoutError:
                 pass
+            except OncepayError as error:
+                _log.warning("watch ended", prefix=self.prefix, error=str(error))
+                await asyncio.sleep(RETRY_PAUSE_S)
 
     def _apply(self, event: Event | Resync) -> None:
         if isinstance(event, Resync):
@@ -154,4 +159,7 @@ class Mirror:
 
     def _tell(self, key: str, kv: KeyValue | None) -> None:
         for callback in self._callbacks:
-            callback(key, kv)
+            try:
+                callback(key, kv)
+            except Exception:  # a record that can't be read must not keep the others from being followed
+                _log.exception("change not taken", prefix=self.prefix, key=key)

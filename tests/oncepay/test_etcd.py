@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from aetcd import rpc
@@ -16,6 +17,7 @@ from oncepay.etcd import (
     Delete,
     Etcd,
     EtcdOutcomeUnknown,
+    EtcdRefused,
     Event,
     Get,
     KeyValue,
@@ -299,6 +301,33 @@ async def test_a_mirror_reads_everything_again_now_and_then(etcd: Etcd, monkeypa
         await mirrored(mirror, "a", b"1")
         await etcd.delete("m/a")
         await mirrored(mirror, "a", None)
+
+
+async def test_a_mirror_outlives_a_refusal_and_a_record_that_cant_be_read(etcd: Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its process would believe for ever what it read before."""
+    get_prefix, refused = Etcd.get_prefix, [EtcdRefused("internal error"), EtcdRefused("internal error")]
+
+    async def refusing(self: Etcd, prefix: str, **options: Any) -> Any:
+        if prefix == "mirror3/" and refused:
+            raise refused.pop()
+        return await get_prefix(self, prefix, **options)
+
+    def unreadable(key: str, kv: KeyValue | None) -> None:
+        if kv is not None and kv.value == b"?":
+            raise ValueError(key)
+
+    monkeypatch.setattr(Etcd, "get_prefix", refusing)
+    async with Mirror(etcd, "mirror3/", on_change=unreadable, resync_s=0.3) as mirror:
+        await mirror.wait_synced(5)
+        assert not refused
+        await etcd.put("mirror3/a", b"?")
+        await mirrored(mirror, "a", b"?")
+        refused.append(EtcdRefused("internal error"))
+        async with asyncio.timeout(5):
+            while refused:
+                await asyncio.sleep(0.05)
+        await etcd.put("mirror3/b", b"1")
+        await mirrored(mirror, "b", b"1")
 
 
 async def test_a_mirror_that_was_never_filled_says_so() -> None:
