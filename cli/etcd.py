@@ -80,7 +80,8 @@ def restore(file: Path, yes: bool, dry_run: bool, output: str) -> None:
 
     What a snapshot remembers is old. So all blocks of keys are given up (their keys would be issued twice), nobody is believed
     to lead a shard or to be in its quorum (of each shard the node with the most log leads first), and the shard map is made from
-    the shards' own tables, with a newer version. What etcd had before is kept beside it.
+    the shards' own tables, with a newer version. What etcd had before is kept beside it. When it fails or is cut off, call it
+    again: until one is over `oncepay up` refuses.
 
     \b
     Example:
@@ -96,7 +97,7 @@ def restore(file: Path, yes: bool, dry_run: bool, output: str) -> None:
 
     end_on_terminate()
     cluster = Cluster(home())
-    settings = cluster.settings
+    plan = cluster.plan
     done: dict[str, Any] = {"file": str(file), **msgspec.to_builtins(look(file)), "dry_run": dry_run}
     if not dry_run:
         if not yes:
@@ -104,11 +105,13 @@ def restore(file: Path, yes: bool, dry_run: bool, output: str) -> None:
         with reporting(output) as report:
 
             def prepare(settings: Settings) -> None:
-                done.update(with_etcd(settings, lambda client: _forget(client, shards=cluster.plan.shards)))
+                done.update(with_etcd(settings, lambda client: _forget(client, shards=plan.shards)))
 
-            kept = restore_etcd(cluster, file, prepare=prepare, hooks=hooks(cluster), report=report)
+            def settle(settings: Settings) -> None:
+                done.update(with_etcd(settings, lambda client: _settle(client, settings, False, report)))
+
+            kept = restore_etcd(cluster, file, prepare=prepare, settle=settle, hooks=hooks(cluster), report=report)
             done["kept"] = str(kept)
-            done.update(with_etcd(settings, lambda client: _settle(client, settings, False, report)))
     if output == "json":
         click.echo(json.dumps(done))
     elif dry_run:
@@ -158,6 +161,11 @@ def settle(config: str | None, dry_run: bool, output: str) -> None:
     settings = settings_of(config)
     with reporting(output) as report:
         done = with_etcd(settings, lambda client: _settle(client, settings, dry_run, report))
+    if config is None and not dry_run:
+        from deploy.local import Cluster
+        from deploy.local.etcd_restore import is_over
+
+        is_over(Cluster(home()))
     done["dry_run"] = dry_run
     if output == "json":
         click.echo(json.dumps(done))

@@ -9,7 +9,7 @@ cluster.down()
 """
 
 from deploy.local.cluster import Cluster, Hooks
-from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, PartFailed, PortTaken, WrongHome
+from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, PartFailed, PortTaken, RestoreUndone, WrongHome
 from deploy.local.parts import ALL_PARTS
 from deploy.local.status import Status
 
@@ -22,6 +22,7 @@ __all__ = [
     "NotRunning",
     "PartFailed",
     "PortTaken",
+    "RestoreUndone",
     "Status",
     "WrongHome",
 ]

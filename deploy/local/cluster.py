@@ -16,7 +16,7 @@ import msgspec
 from deploy import os_user, patroni, processes, programs
 from deploy.local import secrets, shard_map, status, supervisor
 from deploy.local.bring_up import BringUp, Hooks, OnProgress, write_node_configs
-from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, WrongHome
+from deploy.local.errors import AlreadyRunning, ClusterError, NotRunning, RestoreUndone, WrongHome
 from deploy.local.etcd import Gateway
 from deploy.local.layout import Layout, Memory
 from deploy.local.leftovers import Leftovers
@@ -140,12 +140,13 @@ class Cluster:
         stripe_webhook_secret_file: Path | None = None,
         timeout_s: float = UP_TIMEOUT_S,
         first_nodes: tuple[str, ...] = (),
+        restoring: bool = False,
     ) -> None:
         """Start everything, and return when it is ready. What didn't end properly before is ended first. `first_nodes` lead
-        before the others of their shards are started.
+        before the others of their shards are started. `restoring`: it is the restore of etcd that starts it.
 
         When a part doesn't come up, or the caller is interrupted, all is stopped again. Raises AlreadyRunning,
-        PortTaken, PartFailed, WrongHome.
+        RestoreUndone, PortTaken, PartFailed, WrongHome.
         """
         self.layout.make()
         with self.only_one_up():
@@ -153,6 +154,10 @@ class Cluster:
                 router = f"http://127.0.0.1:{self.ports.router}"
                 raise AlreadyRunning(
                     f"a cluster is already running in {self.home}, its router at {router}: `oncepay status` shows it"
+                )
+            if self.layout.restoring.exists() and not restoring:
+                raise RestoreUndone(
+                    f"a restore of etcd was begun in {self.home} and is not over: run `oncepay etcd restore FILE` again"
                 )
             memory = self._next_memory(stripe_key_file, stripe_webhook_secret_file)
             if not Leftovers(self.layout).end():

@@ -23,6 +23,12 @@ class NotRunning(ClusterError):
     slug = "local-cluster-not-running"
 
 
+class RestoreUndone(ClusterError):
+    """A restore of etcd was begun here and is not over."""
+
+    slug = "local-cluster-restore-undone"
+
+
 class PortTaken(ClusterError):
     """A port that the cluster needs is taken."""
 

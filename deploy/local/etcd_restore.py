@@ -5,6 +5,9 @@ What a snapshot remembers is old. What must not be believed of it, and what is d
 - who leads a shard, and who may be elected: the caller forgets it (`prepare`), and of each shard the node with the most log is
   started first
 - whatever else has to be forgotten is the caller's to do too, while nothing but etcd runs
+
+All of that is done beside etcd's data. From where the new data takes its place until the map is settled, a file in the home says
+so, and nothing else starts the cluster: a restore that was cut off is made again, whole.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from deploy.local.bring_up import Hooks
 from deploy.local.cluster import Cluster
 from deploy.local.errors import ClusterError
 from deploy.local.etcd import Gateway
-from deploy.local.layout import Layout
+from deploy.local.layout import Layout, write_secret
 from deploy.local.parts import Plan, node_names
 from deploy.local.ports import ETCD_MEMBERS
 from oncepay.settings import Settings
@@ -40,7 +43,7 @@ def members_of(plan: Plan) -> dict[str, int]:
 
 
 def make_data(plan: Plan, snapshot: Path) -> Path:
-    """All members' data out of the snapshot; where what they had was put. Raises SnapshotFailed."""
+    """All members' data out of the snapshot, beside what they have; where that is. Raises SnapshotFailed."""
     layout = plan.layout
     members = members_of(plan)
     peers = {name: f"http://127.0.0.1:{plan.ports.etcd_peer(n)}" for name, n in members.items()}
@@ -51,15 +54,37 @@ def make_data(plan: Plan, snapshot: Path) -> Path:
         etcd_snapshot.make_member(
             snapshot, made / name, name=name, peer_url=peers[name], initial_cluster=initial, token=str(plan.ports.base)
         )
-    kept = layout.home / f"etcd.before-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}"
-    (layout.home / "etcd").rename(kept)
-    made.rename(layout.home / "etcd")
+    return made
+
+
+def put_in_place(layout: Layout, made: Path) -> Path:
+    """What was made becomes etcd's data, and the cluster is marked; where what etcd had before the first try is kept."""
+    data = layout.home / "etcd"
+    now = layout.home / f"etcd.before-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S.%fZ}"
+    if not layout.restoring.exists():
+        write_secret(layout.restoring, os.fsencode(now.name))
+    kept = layout.home / os.fsdecode(layout.restoring.read_bytes())
+    if not kept.exists():
+        data.rename(kept)
+    elif any(data.iterdir()):  # an earlier try got further, and something may have been served
+        data.rename(now)
+    made.rename(data)
     return kept
 
 
+def is_over(cluster: Cluster) -> None:
+    """The map was settled: the cluster may be started as any other. Raises AlreadyRunning while a restore starts it."""
+    if cluster.layout.restoring.exists():
+        with cluster.only_one_up():
+            cluster.layout.restoring.unlink(missing_ok=True)
+
+
 @contextmanager
-def only_etcd(plan: Plan) -> Iterator[None]:
-    """The members alone, as children of this process, until the block ends. Raises ClusterError when they don't come up."""
+def only_etcd(plan: Plan, data: Path) -> Iterator[None]:
+    """The members alone with that data, as children of this process, until the block ends.
+
+    Raises ClusterError when they don't come up.
+    """
     running = []
     try:
         for program in plan.programs():
@@ -67,9 +92,8 @@ def only_etcd(plan: Plan) -> Iterator[None]:
                 marks = {processes.CLUSTER_ENV: str(plan.layout.home), processes.PROCESS_ENV: program.name}
                 environment = {**os.environ, **program.environment, **marks}
                 with open(plan.layout.log(program.name), "ab") as log:
-                    running.append(
-                        subprocess.Popen(program.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-                    )
+                    command = [*program.command, f"--data-dir={data / program.name}"]  # the last one counts
+                    running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment))
         gateway = Gateway(plan.settings.etcd.endpoints)
         deadline_s = time.monotonic() + START_S
         while not gateway.is_decided():
@@ -108,13 +132,15 @@ def restore_etcd(
     snapshot: Path,
     *,
     prepare: Callable[[Settings], None],
+    settle: Callable[[Settings], None],
     hooks: Hooks | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Stop everything, make etcd anew from the snapshot, and start again; where etcd's old data was put.
 
-    `prepare` is called while only etcd runs. When something fails before the start, the cluster stays down, and may be restored
-    again. Raises ClusterError, SnapshotFailed, NoLog, and what `prepare` raises.
+    `prepare` is called while only etcd runs, `settle` when all runs again. What fails up to `prepare` leaves the cluster down and
+    its etcd as it was. After that the cluster starts only by another restore, until one is over. Raises ClusterError,
+    SnapshotFailed, NoLog, and what `prepare` and `settle` raise.
     """
     etcd_snapshot.look(snapshot)
     plan = cluster.plan
@@ -124,10 +150,13 @@ def restore_etcd(
     with cluster.only_one_up():
         first = first_nodes(plan.layout, plan.shards, report)
         report("making etcd anew")
-        kept = make_data(plan, snapshot)
-        with only_etcd(plan):
+        made = make_data(plan, snapshot)
+        with only_etcd(plan, made):
             report("forgetting what is old")
             prepare(plan.settings)
+        kept = put_in_place(plan.layout, made)
     report("starting")
-    cluster.up(hooks=hooks, timeout_s=UP_S, first_nodes=first)
+    cluster.up(hooks=hooks, timeout_s=UP_S, first_nodes=first, restoring=True)
+    settle(plan.settings)
+    is_over(cluster)
     return kept

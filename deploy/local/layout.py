@@ -127,6 +127,11 @@ class Layout:
         return self.home / "etcd" / member
 
     @property
+    def restoring(self) -> Path:
+        """There while a restore of etcd isn't over: the name of the folder in which what etcd had before it is kept."""
+        return self.home / "etcd.restoring"
+
+    @property
     def nodes(self) -> Path:
         return self.home / "nodes"
 
