@@ -120,6 +120,8 @@ def restore(file: Path, yes: bool, dry_run: bool, output: str) -> None:
         _say_settled(done)
         click.echo(f"{done['retired']} blocks of keys given up; what etcd had is in {done['kept']}")
         _say_old(done)
+    if not dry_run:
+        _end_with_open_moves(done)
 
 
 @etcd.command(short_help="After a restore by hand: forget what is old, before anything else starts.")
@@ -171,8 +173,7 @@ def settle(config: str | None, dry_run: bool, output: str) -> None:
         click.echo(json.dumps(done))
     else:
         _say_settled(done)
-    if done["open_moves"] and output == "text":
-        fail(WRONG, f"these moves are not over: {', '.join(done['open_moves'])}; see `oncepay reshard status`", as_json=False)
+    _end_with_open_moves(done)
 
 
 async def _forget(client: Etcd, *, shards: Sequence[str] | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -229,6 +230,12 @@ def _say_settled(done: dict[str, Any]) -> None:
     else:
         would = "would be" if done["dry_run"] else "is"
         click.echo(f"the map {would} made from the shards' tables, version {done['map_version']}")
+
+
+def _end_with_open_moves(done: dict[str, Any]) -> None:
+    """Exit as something that is wrong when moves are open: their records may be older than what became of them."""
+    if done["open_moves"]:
+        fail(WRONG, f"these moves are not over: {', '.join(done['open_moves'])}; see `oncepay reshard status`", as_json=False)
 
 
 def _say_old(done: dict[str, Any]) -> None:
