@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import NoReturn
 
 from msgspec.structs import replace
 
@@ -43,6 +44,9 @@ SAVE_S = 1.0
 TURN_PAUSE_S = 1.0
 NEAR_KEYS = 200
 NEAR_ROUNDS = 10
+
+UNSWITCHED: frozenset[Goal] = frozenset({"ready", "reversible", "aborted"})
+"""Goals of moves whose range is the source's still."""
 
 OnProgress = Callable[[Move], None]
 
@@ -192,8 +196,9 @@ class Journey:
         if move.state in FENCED:
             await self._after_a_fence()
         elif move.goal == "aborted" and move.state == "reversible":
-            await self._hold.save(goal="reversible")
-            raise MoveStopped(f"the switch was through already: `oncepay reshard rollback {move.id}` brings the range back")
+            await self._switched_before()
+        elif move.goal in UNSWITCHED and await self.target.owns(move.first, move.last):
+            await self._switched_before()  # the record is of a restored etcd: the streams are of after the switch
         elif move.goal == "aborted":
             await self._abort()
         elif move.goal == "finished":
@@ -215,6 +220,15 @@ class Journey:
             await self._hold.save(state="ready", eta_s=None)
         else:
             await self._switch()
+
+    async def _switched_before(self) -> NoReturn:
+        """The target has the range: what would come before the switch must not be done any more."""
+        move = self.move
+        await self._hold.save(state="reversible", goal="reversible", eta_s=None)
+        raise MoveStopped(
+            f"the switch was through already: `oncepay reshard rollback {move.id}` brings the range back, "
+            f"`oncepay reshard finish {move.id}` leaves it on {move.target}"
+        )
 
     async def _progress(self, fields: dict[str, object], *, force: bool = False) -> None:
         """Keep progress in the record now and then, and tell who watches. An operator's pause is noticed here."""

@@ -11,10 +11,10 @@ from msgspec.structs import replace
 
 from oncepay.errors import EtcdUnavailable
 from oncepay.etcd import Etcd, Put
-from oncepay.moves import Move
+from oncepay.moves import Goal, Move
 from oncepay.shardmap import MAP_KEY
 from shard.mover.changes import Changes
-from shard.mover.errors import MoveTaken, StreamLost
+from shard.mover.errors import MoveStopped, MoveTaken, StreamLost
 from shard.mover.handover import Handover
 from shard.mover.records import Hold
 from shard.mover.remove import Remover
@@ -223,6 +223,29 @@ async def closed(session: Any) -> bool:
     except Exception:
         return True
     return False
+
+
+@pytest.mark.parametrize("goal", ["aborted", "reversible", "ready"])
+async def test_a_record_from_before_the_switch_loses_nothing(world: World, goal: Goal) -> None:
+    """A restored etcd knows a move as it was: the target has the range since, and the stream back is all that leads home."""
+    move, keys = await ready(world)
+    if goal == "ready":
+        move = replace(move, state="verify")
+    switched = await world.moving.run(move.id, "reversible")
+    since = [world.key() for _ in range(2)]
+    await asyncio.gather(*(world.pay(key) for key in since))
+    await world.moving.records.change(move.id, state=move.state, goal=move.goal, verified=move.verified, drain_lsn="")
+    streams = await world.left_over(move)
+
+    with pytest.raises(MoveStopped, match="the switch was through"):
+        await world.moving.run(move.id, goal)
+    found, _ = await world.moving.records.get(move.id)
+    assert (found.state, found.goal) == ("reversible", "reversible")
+    assert await world.left_over(move) == streams
+    await whole(world, [*keys, *since], TARGET)
+    assert (await world.moving.run(move.id, "rolled_back")).state == "rolled_back"
+    await whole(world, [*keys, *since], SOURCE)
+    assert switched.state == "reversible"
 
 
 def test_a_check_slot_has_a_name_of_its_own() -> None:
