@@ -5,8 +5,11 @@
 
 All nodes of a shard archive into one folder (`archive_mode = always`): a leader that died before it archived a finished
 segment leaves no gap, since its standbys have that segment too. A file is there as a whole or not at all, is never replaced,
-and is compared when it comes again. While FOLDER isn't there nothing is archived: the first backup makes it, and without a base
-backup a log is of no use.
+and is compared when it comes again. Until FOLDER is there nothing is archived: the first backup makes it, and without a base
+backup a log is of no use. Once something was archived a file in the data directory says so, and a FOLDER that isn't there is an
+error from then on.
+
+`get` exits with 1 when the archive ends there, and with FAILED when nobody knows: Postgres takes every code up to 125 as the end.
 
 Only the standard library is imported: this runs for each 16 MiB of log.
 """
@@ -22,6 +25,9 @@ LEVEL = 1
 GZIP = 16 + zlib.MAX_WBITS
 TRAILER_BYTES = 8
 SUFFIX = ".gz"
+BEGUN = "oncepay_archive_begun"
+"""In the data directory, which Postgres calls this in."""
+FAILED = 255
 
 
 def compress(data: bytes) -> bytes:
@@ -51,9 +57,12 @@ def sync(path: str) -> None:
 
 
 def put(folder: str, path: str, name: str) -> int:
-    """Archive the file; 0 when the archive has it for good, 1 when it has another one of that name."""
+    """Archive the file; 0 when the archive has it for good, 1 when it has another one of that name, or is gone."""
     if not os.path.isdir(folder):
-        return 0
+        if not os.path.exists(BEGUN):
+            return 0
+        sys.stderr.write(f"the archive {folder} is gone: mount it, or put it back; a backup makes a new one\n")
+        return 1
     with open(path, "rb") as source:
         data = source.read()
     kept = os.path.join(folder, name + SUFFIX)
@@ -71,17 +80,19 @@ def put(folder: str, path: str, name: str) -> int:
             os.unlink(unfinished)
         sync(folder)
     if holds(kept, data):
-        return 0
+        with open(BEGUN, "ab"):
+            return 0
     sys.stderr.write(f"the archive {folder} has another {name} already: nothing was replaced\n")
     return 1
 
 
 def get(folder: str, name: str, path: str) -> int:
-    """Fetch the file to `path`; 1 when the archive doesn't have it."""
+    """Fetch the file to `path`; 1 when the archive doesn't have it. Raises OSError, zlib.error."""
     try:
         with open(os.path.join(folder, name + SUFFIX), "rb") as file:
             packed = file.read()
     except FileNotFoundError:
+        os.stat(folder)  # raises when the whole archive is gone
         return 1
     with open(path, "wb") as target:
         target.write(zlib.decompress(packed, GZIP))
@@ -93,7 +104,14 @@ def main() -> int:
     if call not in ("put", "get") or len(arguments) != 3:
         sys.stderr.write("usage: archive.py put FOLDER PATH NAME | get FOLDER NAME PATH\n")
         return 2
-    return put(*arguments) if call == "put" else get(*arguments)
+    if call == "put":
+        return put(*arguments)
+    folder, name, _ = arguments
+    try:
+        return get(*arguments)
+    except Exception as error:
+        sys.stderr.write(f"{name} can't be fetched from the archive {folder}: {error!r}\n")
+        return FAILED
 
 
 if __name__ == "__main__":

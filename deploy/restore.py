@@ -24,7 +24,14 @@ import time
 
 POLL_S = 0.2
 STOP_S = 300.0
-LEFT_BY_THE_SOURCE = ("postmaster.pid", "postmaster.opts", "patroni.dynamic.json", "standby.signal", "backup_manifest")
+LEFT_BY_THE_SOURCE = (
+    "postmaster.pid",
+    "postmaster.opts",
+    "patroni.dynamic.json",
+    "standby.signal",
+    "backup_manifest",
+    "oncepay_archive_begun",
+)
 PRODUCTION = "in production"
 CONNECT_S = 60.0
 PORT = "5432"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy import archive
+from deploy import archive, restore
 from deploy.archive import compress, get, holds, put
 from deploy.backup import position, segment_name
 from deploy.furthest import LogEnd, furthest
@@ -24,6 +26,15 @@ def test_what_is_archived_is_a_gzip_file_that_knows_its_content(tmp_path_factory
     assert gzip.decompress(compress(data)) == data
     assert holds(str(path), data)
     assert not holds(str(path), data + b"x")
+
+
+@pytest.fixture(autouse=True)
+def data_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Postgres calls it in its data directory."""
+    data = tmp_path / "data"
+    data.mkdir()
+    monkeypatch.chdir(data)
+    return data
 
 
 def test_put_and_get(tmp_path: Path) -> None:
@@ -48,6 +59,54 @@ def test_another_file_of_that_name_is_refused_and_replaces_nothing(tmp_path: Pat
     assert put(str(folder), str(tmp_path / "two"), "0001") == 1
     assert "nothing was replaced" in capsys.readouterr().err
     assert gzip.decompress((folder / "0001.gz").read_bytes()) == b"one"
+
+
+def test_a_folder_that_was_there_and_is_gone_is_no_beginning(
+    tmp_path: Path, data_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Postgres would recycle segments that nobody has."""
+    folder, source = tmp_path / "wal", tmp_path / "segment"
+    source.write_bytes(b"log")
+    assert put(str(folder), str(source), "0001") == 0
+    assert list(data_directory.iterdir()) == [], "nothing was archived yet"
+    folder.mkdir()
+    assert put(str(folder), str(source), "0001") == 0
+    folder.rename(tmp_path / "elsewhere")
+    assert put(str(folder), str(source), "0002") == 1
+    assert f"{folder} is gone" in capsys.readouterr().err
+    folder.mkdir()
+    assert put(str(folder), str(source), "0002") == 0, "a backup has made it anew"
+    assert [path.name for path in data_directory.iterdir()] == [archive.BEGUN]
+    assert archive.BEGUN in restore.LEFT_BY_THE_SOURCE, "a restored shard has no archive yet"
+
+
+def no_folder(folder: Path) -> None:
+    folder.rmdir()
+
+
+def no_content(folder: Path) -> None:
+    (folder / "0001.gz").touch()
+
+
+def half(folder: Path) -> None:
+    (folder / "0001.gz").write_bytes(compress(os.urandom(1000))[:500])
+
+
+def no_file(folder: Path) -> None:
+    (folder / "0001.gz").mkdir()
+
+
+@pytest.mark.parametrize("damage", [no_folder, no_content, half, no_file])
+def test_an_archive_that_cannot_be_read_does_not_end_there(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """Postgres takes exit codes up to 125 as the end of the archive, and promotes what it has."""
+    folder = tmp_path / "wal"
+    folder.mkdir()
+    command = [sys.executable, "-S", archive.__file__, "get", str(folder), "0001", str(tmp_path / "fetched")]
+    assert subprocess.run(command, check=False).returncode == 1
+    damage(folder)
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 255
+    assert str(folder).encode() in done.stderr
 
 
 def test_two_nodes_that_archive_the_same_at_once_leave_one_whole_file(tmp_path: Path) -> None:
