@@ -7,6 +7,7 @@ missing was never finished, and is nothing.
 from __future__ import annotations
 
 import datetime as dt
+import gzip
 import os
 import re
 import shutil
@@ -25,7 +26,9 @@ ROLE = "oncepay_backup"
 RECORD = "backup.json"
 ARCHIVE_S = 60.0
 POLL_S = 0.2
+HISTORY = ".history"
 SEGMENT_BYTES = 16 * 2**20
+SEGMENTS_EACH = 2**32 // SEGMENT_BYTES
 
 Report = Callable[[str], None]
 
@@ -41,6 +44,13 @@ class NoBackup(OncepayError):
 
     status = 404
     slug = "no-backup"
+
+
+class LogMissing(OncepayError):
+    """The archive of the log has a hole."""
+
+    status = 409
+    slug = "log-missing"
 
 
 class Backup(msgspec.Struct, frozen=True):
@@ -67,9 +77,16 @@ class Backup(msgspec.Struct, frozen=True):
 
 def segment_name(timeline: int, position: int) -> str:
     """The file that holds `position` (bytes) of the log."""
-    number = position // SEGMENT_BYTES
-    each = 2**32 // SEGMENT_BYTES
-    return f"{timeline:08X}{number // each:08X}{number % each:08X}"
+    return numbered(timeline, position // SEGMENT_BYTES)
+
+
+def numbered(timeline: int, number: int) -> str:
+    """The name of a timeline's segment, counted from the log's beginning."""
+    return f"{timeline:08X}{number // SEGMENTS_EACH:08X}{number % SEGMENTS_EACH:08X}"
+
+
+def number_of(segment: str) -> int:
+    return int(segment[8:16], 16) * SEGMENTS_EACH + int(segment[16:], 16)
 
 
 class BackupFolder:
@@ -109,6 +126,43 @@ class BackupFolder:
     def archived(self) -> list[str]:
         """The names of the archived segments, ascending."""
         return sorted(path.name.removesuffix(SUFFIX) for path in self.wal.glob(f"{'[0-9A-F]' * 24}{SUFFIX}"))
+
+    def missing(self, backup: Backup) -> list[str]:
+        """What a restore of the backup needs, lies before the last archived segment, and isn't in the archive; ascending.
+
+        The log up to the backup's end is in the backup itself. From there on each segment is needed of the newest timeline that
+        had begun by then: what an older one goes on with never counted. Without a timeline's history Postgres doesn't know it.
+        """
+        archived = self.archived()
+        histories = {path.name.removesuffix(HISTORY + SUFFIX) for path in self.wal.glob(f"{'[0-9A-F]' * 8}{HISTORY}{SUFFIX}")}
+        newest = max(int(name[:8], 16) for name in [*archived, *histories, f"{backup.timeline:08X}"])
+        needed = [f"{timeline:08X}" for timeline in range(backup.timeline + 1, newest + 1)]
+        if unknown := [name + HISTORY for name in needed if name not in histories]:
+            return unknown
+        first = backup.end // SEGMENT_BYTES
+        begins = self._begins(newest) if needed else []
+        begins = [(timeline, number) for timeline, number in begins if timeline > backup.timeline]
+        last = max(map(number_of, archived), default=first)
+        wanted = []
+        for number in range(first, last + 1):
+            timeline = max((timeline for timeline, begin in begins if begin <= number), default=backup.timeline)
+            wanted.append(numbered(timeline, number))
+        there = set(archived)
+        while wanted and wanted[-1] not in there:
+            wanted.pop()
+        return [name for name in wanted if name not in there]
+
+    def _begins(self, timeline: int) -> list[tuple[int, int]]:
+        """Of the timeline and those that it came from, each with the number of its first segment, but for the very first."""
+        text = gzip.decompress((self.wal / f"{timeline:08X}{HISTORY}{SUFFIX}").read_bytes()).decode()
+        lines = [line.split("\t") for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        switches = [position(line[1]) // SEGMENT_BYTES for line in lines]
+        return list(zip([int(line[0]) for line in lines[1:]] + [timeline], switches, strict=True))
+
+    def check_log(self, backup: Backup) -> None:
+        """Raises LogMissing, naming what is missing between the backup and the last archived segment."""
+        if missing := self.missing(backup):
+            raise LogMissing(f"{self.wal} lacks {spoken(missing)}: backup {backup.id} can't be restored to a moment after that")
 
     def drop_older(self, keep: int) -> list[str]:
         """Delete all but the `keep` newest backups, and the log that only they needed; the ids of those that went."""
@@ -185,15 +239,27 @@ def _described(manifest: Manifest, id: str, source: Source, began_at: dt.datetim
     )
 
 
-def await_archived(folder: BackupFolder, segment: str) -> None:
-    """Until the segment is in the archive. Raises BackupFailed after ARCHIVE_S."""
+def await_archived(folder: BackupFolder, segment: str, since: Backup | None = None) -> None:
+    """Until the segment is in the archive, and all of the log `since` that backup, which another node may still bring.
+
+    Raises BackupFailed or LogMissing after ARCHIVE_S.
+    """
     deadline_s = time.monotonic() + ARCHIVE_S
-    while not (folder.wal / (segment + SUFFIX)).exists():
+    while True:
+        there = (folder.wal / (segment + SUFFIX)).exists()
+        if there and (since is None or not folder.missing(since)):
+            return
         if time.monotonic() > deadline_s:
-            raise BackupFailed(
-                f"segment {segment} of the log didn't reach {folder.wal} within {ARCHIVE_S:.0f} s: see the node's log"
-            )
+            break
         time.sleep(POLL_S)
+    if there and since is not None:
+        folder.check_log(since)
+    raise BackupFailed(f"segment {segment} of the log didn't reach {folder.wal} within {ARCHIVE_S:.0f} s: see the node's log")
+
+
+def spoken(missing: Sequence[str]) -> str:
+    """What is missing from the archive, in a few words."""
+    return missing[0] if len(missing) == 1 else f"{len(missing)} segments from {missing[0]} to {missing[-1]}"
 
 
 def position(text: str) -> int:

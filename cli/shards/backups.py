@@ -90,7 +90,7 @@ def backup(
 @output_option
 @handle_errors
 def backups(shard: str, folder: Path | None, output: str) -> None:
-    """The backups of a shard, oldest first, and how far its log is archived.
+    """The backups of a shard, oldest first, how far its log is archived, and what is missing of it.
 
     \b
     Example:
@@ -98,15 +98,21 @@ def backups(shard: str, folder: Path | None, output: str) -> None:
     """
     import msgspec
 
+    from deploy.backup import spoken
+
     place = _folder(shard, folder)
     known, archived = place.all(), place.archived()
+    missing = place.missing(known[0]) if known else []
     if output == "json":
-        click.echo(json.dumps({"backups": msgspec.to_builtins(known), "archived": len(archived), "archived_to": archived[-1:]}))
+        told = {"archived": len(archived), "archived_to": archived[-1:], "missing": missing}
+        click.echo(json.dumps({"backups": msgspec.to_builtins(known), **told}))
         return
     for each in known:
         size = f"{each.size_bytes / 2**20:>9,.1f} MiB"
         click.echo(f"{each.id}  {size}  of {each.node}, timeline {each.timeline}, from {each.first_segment}")
     click.echo(f"{len(known)} backups, {len(archived)} segments of the log{f', up to {archived[-1]}' if archived else ''}")
+    if missing:
+        click.echo(f"MISSING from the log: {spoken(missing)}. What came after can be restored from a later backup only")
 
 
 @click.command(short_help="Make a new shard out of a backup.")
@@ -142,6 +148,8 @@ def restore(shard: str, name: str, to_time: str | None, backup_id: str, folder: 
     cluster.check_addition(name)
     place = _folder(shard, folder)
     chosen = place.choose(id=backup_id, to_time=moment)
+    if moment is None:
+        place.check_log(chosen)  # a moment that can't be reached is refused by Postgres, the log's end is any end
     done: dict[str, Any] = {
         "shard": name,
         "of": shard,
@@ -153,7 +161,7 @@ def restore(shard: str, name: str, to_time: str | None, backup_id: str, folder: 
     began_s = time.monotonic()
     if not dry_run:
         with reporting(output) as report:
-            _archive_what_is_left(cluster, shard, place, moment, report)
+            _archive_what_is_left(cluster, shard, place, None if moment else chosen, report)
             _restore(cluster, place, chosen, done, report)
     done["seconds"] = round(time.monotonic() - began_s, 1)
     if output == "json":
@@ -201,14 +209,16 @@ async def _backup(
     done: dict[str, Any] = {"shard": shard, "node": source.node, "folder": str(place.folder), "dry_run": dry_run}
     if dry_run:
         return done
-    place.make()
+    since = place.choose() if log_only else next(reversed(place.all()), None)
     if not log_only:
+        place.make()
         taken = await asyncio.to_thread(take, place, source, settings.postgres.backup_password, postgres_bin(), report)
         done["backup"] = msgspec.to_builtins(taken)
+        since = since or taken
     if archives:
         report("archiving the log")
         done["archived_to"] = segment = await switch_log(etcd, settings, shard)
-        await asyncio.to_thread(await_archived, place, segment)
+        await asyncio.to_thread(await_archived, place, segment, since)
     elif log_only:
         raise NotFound(f"the nodes of {shard} don't archive their log (archive_mode is off)")
     done["dropped"] = place.drop_older(keep) if keep and not log_only else []
@@ -256,8 +266,8 @@ async def switch_log(etcd: Etcd, settings: Settings, shard: str) -> str:
         raise ShardUnavailable(f"the leader of {shard} can't end a segment of its log: {error!r}") from error
 
 
-def _archive_what_is_left(cluster: Cluster, shard: str, place: BackupFolder, moment: dt.datetime | None, report: Report) -> None:
-    """While the shard still lives, its log up to now; without it the archive ends where it ends."""
+def _archive_what_is_left(cluster: Cluster, shard: str, place: BackupFolder, since: Backup | None, report: Report) -> None:
+    """While the shard lives, its log up to now, all of it `since` that backup; without it the archive ends where it ends."""
     from deploy.backup import await_archived
 
     if not cluster.is_running() or not place.wal.is_dir():
@@ -265,7 +275,7 @@ def _archive_what_is_left(cluster: Cluster, shard: str, place: BackupFolder, mom
     settings = cluster.settings
     report(f"archiving what {shard} has not archived yet")
     try:
-        await_archived(place, with_etcd(settings, lambda etcd: switch_log(etcd, settings, shard)))
+        await_archived(place, with_etcd(settings, lambda etcd: switch_log(etcd, settings, shard)), since)
     except ShardUnavailable as error:
         report(f"{shard} can't be asked, so the archive is all there is ({error})")
 

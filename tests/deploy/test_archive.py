@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import gzip
 import os
 import subprocess
@@ -9,13 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import deploy.backup
 from deploy import archive, restore
 from deploy.archive import compress, get, holds, put
-from deploy.backup import position, segment_name
+from deploy.backup import SEGMENT_BYTES, Backup, BackupFailed, BackupFolder, LogMissing, await_archived, position, segment_name
 from deploy.furthest import LogEnd, furthest
 
 
@@ -132,6 +135,72 @@ def test_positions_and_segments() -> None:
     assert segment_name(1, position("16/B374D848")) == "0000000100000016000000B3"
     with pytest.raises(ValueError, match="no position"):
         position("16:B3")
+
+
+def record(folder: BackupFolder, timeline: int, end: int) -> Backup:
+    """A finished backup that ends at that position."""
+    moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    made = Backup("b", "s0", "i", "s0-1", moment, moment, timeline, end - SEGMENT_BYTES, end, 1, 1, [])
+    (folder.base / made.id).mkdir()
+    (folder.base / made.id / "backup.json").write_bytes(msgspec.json.encode(made))
+    return made
+
+
+def archive_of(tmp_path: Path, *names: str, **histories: str) -> BackupFolder:
+    """Segments as `timeline-number`; a timeline's history as `t2="1 0/5000100"`."""
+    folder = BackupFolder(tmp_path / "s0")
+    folder.make()
+    for name in names:
+        timeline, _, number = name.partition("-")
+        (folder.wal / f"{int(timeline):08X}{0:08X}{int(number):08X}.gz").touch()
+    for name, content in histories.items():
+        lines = "".join(f"{line.replace(' ', chr(9))}\tno recovery target specified\n" for line in content.split(","))
+        (folder.wal / f"{int(name[1:]):08X}.history.gz").write_bytes(compress(lines.encode()))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "histories", "missing"),
+    [
+        ([], {}, []),
+        (["1-3", "1-4", "1-5"], {}, []),
+        (["1-0", "1-1", "1-4", "1-5"], {}, ["1-3"]),
+        (["1-3", "1-6"], {}, ["1-4", "1-5"]),
+        (["1-1"], {}, []),
+        # A new leader begins within segment 5, and has all of it; the old one's own is no help.
+        (["1-3", "1-4", "2-5", "2-6"], {"t2": "1 0/5000100"}, []),
+        (["1-3", "1-4", "1-5", "2-6"], {"t2": "1 0/5000100"}, ["2-5"]),
+        (["1-3", "1-4", "1-5", "1-6", "1-9"], {"t2": "1 0/5000100"}, []),
+        (["1-3", "2-5"], {"t2": "1 0/5000100"}, ["1-4"]),
+        (["1-3", "1-4", "2-5"], {"t2": "1 0/5000000"}, []),
+        (["1-3", "1-4", "2-5", "3-6"], {"t2": "1 0/5000100", "t3": "1 0/5000100,2 0/6000100"}, []),
+        (["1-3", "1-4", "2-5", "3-7"], {"t2": "1 0/5000100", "t3": "1 0/5000100,2 0/6000100"}, ["3-6"]),
+        (["1-3", "1-4", "2-5"], {}, ["00000002.history"]),
+        (["1-3", "1-4", "3-5"], {"t3": "1 0/5000100,2 0/5000200"}, ["00000002.history"]),
+    ],
+)
+def test_what_a_restore_would_miss_is_named(
+    tmp_path: Path, names: list[str], histories: dict[str, str], missing: list[str]
+) -> None:
+    folder = archive_of(tmp_path, *names, **histories)
+    (folder.wal / "000000010000000000000005.partial.gz").touch()
+    (folder.wal / "000000010000000000000003.00000028.backup.gz").touch()
+    found = folder.missing(record(folder, 1, 3 * SEGMENT_BYTES + 100))
+    wanted = [name.split("-") if "-" in name else name for name in missing]
+    assert found == [f"{int(x[0]):08X}{0:08X}{int(x[1]):08X}" if isinstance(x, list) else x for x in wanted]
+
+
+def test_a_hole_ends_the_wait_for_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy.backup, "ARCHIVE_S", 0.3)
+    folder = archive_of(tmp_path, "1-3", "1-5")
+    made = record(folder, 1, 3 * SEGMENT_BYTES + 100)
+    await_archived(folder, segment_name(1, 5 * SEGMENT_BYTES))
+    with pytest.raises(LogMissing, match="000000010000000000000004"):
+        await_archived(folder, segment_name(1, 5 * SEGMENT_BYTES), made)
+    (folder.wal / f"{segment_name(1, 4 * SEGMENT_BYTES)}.gz").touch()
+    await_archived(folder, segment_name(1, 5 * SEGMENT_BYTES), made)
+    with pytest.raises(BackupFailed, match="didn't reach"):
+        await_archived(folder, segment_name(1, 6 * SEGMENT_BYTES), made)
 
 
 ends = st.dictionaries(
