@@ -6,6 +6,7 @@ missing was never finished, and is nothing.
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import gzip
 import os
@@ -13,7 +14,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -239,22 +240,29 @@ def _described(manifest: Manifest, id: str, source: Source, began_at: dt.datetim
     )
 
 
-def await_archived(folder: BackupFolder, segment: str, since: Backup | None = None) -> None:
+async def await_archived(
+    folder: BackupFolder, segment: str, trouble: Callable[[], Awaitable[str]], since: Backup | None = None
+) -> None:
     """Until the segment is in the archive, and all of the log `since` that backup, which another node may still bring.
 
-    Raises BackupFailed or LogMissing after ARCHIVE_S.
+    `trouble` asks the leader's archiver, which compares: a file of that name alone may be another shard's. Raises BackupFailed or
+    LogMissing after ARCHIVE_S.
     """
     deadline_s = time.monotonic() + ARCHIVE_S
     while True:
         there = (folder.wal / (segment + SUFFIX)).exists()
-        if there and (since is None or not folder.missing(since)):
+        words = await trouble()
+        if there and not words and (since is None or not folder.missing(since)):
             return
         if time.monotonic() > deadline_s:
             break
-        time.sleep(POLL_S)
-    if there and since is not None:
+        await asyncio.sleep(POLL_S)
+    if there and not words and since is not None:
         folder.check_log(since)
-    raise BackupFailed(f"segment {segment} of the log didn't reach {folder.wal} within {ARCHIVE_S:.0f} s: see the node's log")
+    why = words or "it isn't there"
+    raise BackupFailed(
+        f"segment {segment} of the log didn't reach {folder.wal} within {ARCHIVE_S:.0f} s: {why}; see the node's log"
+    )
 
 
 def spoken(missing: Sequence[str]) -> str:

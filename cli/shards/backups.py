@@ -201,7 +201,7 @@ async def _backup(
 ) -> dict[str, Any]:
     import msgspec
 
-    from deploy.backup import await_archived, take
+    from deploy.backup import take
     from deploy.programs import postgres_bin
 
     report(f"looking at {shard}")
@@ -217,8 +217,7 @@ async def _backup(
         since = since or taken
     if archives:
         report("archiving the log")
-        done["archived_to"] = segment = await switch_log(etcd, settings, shard)
-        await asyncio.to_thread(await_archived, place, segment, since)
+        done["archived_to"] = await archive_to_now(etcd, settings, shard, place, since)
     elif log_only:
         raise NotFound(f"the nodes of {shard} don't archive their log (archive_mode is off)")
     done["dropped"] = place.drop_older(keep) if keep and not log_only else []
@@ -240,6 +239,25 @@ async def _source(etcd: Etcd, settings: Settings, shard: str) -> tuple[Source, b
     host, port = node.address
     source = Source(told.shard, told.incarnation, told.migration, told.ranges, node.name, host, port)
     return source, told.archive.mode != "off"
+
+
+async def archive_to_now(etcd: Etcd, settings: Settings, shard: str, place: BackupFolder, since: Backup | None) -> str:
+    """Have the log archived up to now, all of it `since` that backup; the last segment's name.
+
+    Raises ShardUnavailable, BackupFailed, LogMissing.
+    """
+    from deploy.backup import await_archived
+    from deploy.members import read
+    from shard.store.facts import facts
+
+    segment = await switch_log(etcd, settings, shard)
+
+    async def trouble() -> str:
+        leader = (await read(etcd, shard)).leading()
+        return (await facts(*leader.address, settings.postgres)).archive.trouble(segment)
+
+    await await_archived(place, segment, trouble, since)
+    return segment
 
 
 async def switch_log(etcd: Etcd, settings: Settings, shard: str) -> str:
@@ -268,14 +286,12 @@ async def switch_log(etcd: Etcd, settings: Settings, shard: str) -> str:
 
 def _archive_what_is_left(cluster: Cluster, shard: str, place: BackupFolder, since: Backup | None, report: Report) -> None:
     """While the shard lives, its log up to now, all of it `since` that backup; without it the archive ends where it ends."""
-    from deploy.backup import await_archived
-
     if not cluster.is_running() or not place.wal.is_dir():
         return
     settings = cluster.settings
     report(f"archiving what {shard} has not archived yet")
     try:
-        await_archived(place, with_etcd(settings, lambda etcd: switch_log(etcd, settings, shard)), since)
+        with_etcd(settings, lambda etcd: archive_to_now(etcd, settings, shard, place, since))
     except ShardUnavailable as error:
         report(f"{shard} can't be asked, so the archive is all there is ({error})")
 

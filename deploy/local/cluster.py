@@ -230,6 +230,12 @@ class Cluster:
             raise WrongHome(f"no shard can be added as {shard!r}: there are {', '.join(memory.shards)}")
         if len(memory.shards) >= MAX_SHARDS:
             raise WrongHome(f"a local cluster has room for {MAX_SHARDS} shards, and has them")
+        kept = self.layout.backups(shard)
+        if kept.exists():
+            raise WrongHome(
+                f"{kept} has the backups of an earlier shard {shard}, and a new one would archive into them: take another name, "
+                f"or move that folder first (then `oncepay shards restore {shard} --folder WHERE` finds it)"
+            )
         return memory
 
     def check_shard(self, shard: str) -> Memory:

@@ -47,6 +47,15 @@ class ArchiveFacts(msgspec.Struct, frozen=True):
     failing: bool | None
     last_failed: str | None
 
+    def trouble(self, segment: str) -> str:
+        """Why the leader can't be taken to have archived that segment; empty when it has."""
+        if self.failing:
+            return f"the archive of the log fails at {self.last_failed}"
+        last = self.last or ""
+        if last.endswith(".history") or last[8:24] >= segment[8:]:
+            return ""
+        return f"the leader has not archived {segment}, its last is {last or 'none'}"
+
 
 class Facts(msgspec.Struct, frozen=True):
     """One shard. `ranges` are those that its own table has, which is the last word; `migration` is the last one applied.

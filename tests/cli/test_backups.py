@@ -13,8 +13,10 @@ from click.testing import CliRunner
 
 from cli.common import WRONG
 from cli.shards import shards
-from deploy.backup import SEGMENT_BYTES, Backup, BackupFolder, segment_name
-from deploy.local import Cluster
+from deploy.backup import SEGMENT_BYTES, Backup, BackupFailed, BackupFolder, await_archived, segment_name
+from deploy.local import Cluster, WrongHome
+from deploy.local.layout import Memory
+from shard.store.facts import ArchiveFacts
 
 MOMENT = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
@@ -55,3 +57,48 @@ def test_a_hole_in_the_archive_is_shown_and_not_restored_over(place: BackupFolde
     assert missing in error["detail"]
     assert run(*restore)["backup"] == "b2"
     assert run(*restore, "--backup", "b1", "--to-time", "2026-01-01T01:00:00Z")["backup"] == "b1"
+
+
+def test_a_name_whose_backups_are_kept_is_not_given_again(place: BackupFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(place.folder.parent.parent)
+    monkeypatch.setattr(Cluster, "supervisor", lambda *_: None)
+    cluster.layout.remember(Memory(20_000, ("s1",)))
+    with pytest.raises(WrongHome, match="restore s0 --folder"):
+        cluster.check_addition("s0")
+    assert cluster.check_addition("s2").shards == ("s1",)
+    place.folder.rename(place.folder.with_name("s0.old"))
+    assert cluster.check_addition("s0").shards == ("s1",)
+
+
+@pytest.mark.parametrize(
+    ("last", "failing", "words"),
+    [
+        ("000000010000000000000008", False, ""),
+        ("000000020000000000000009", False, ""),
+        ("000000010000000000000008.00000028.backup", None, ""),
+        ("00000002.history", False, ""),
+        ("000000010000000000000007", False, "has not archived 000000010000000000000008"),
+        (None, None, "has not archived 000000010000000000000008"),
+        ("000000010000000000000007", True, "fails at X"),
+        ("000000010000000000000009", True, "fails at X"),
+    ],
+)
+def test_the_archiver_itself_has_to_say_that_a_segment_is_archived(last: str | None, failing: bool | None, words: str) -> None:
+    """A file of that name may be another shard's."""
+    told = ArchiveFacts("always", 1, last, None, 1, failing, "X")
+    trouble = told.trouble("000000010000000000000008")
+    assert words in trouble if words else trouble == ""
+
+
+async def test_a_backup_fails_while_the_archiver_does(place: BackupFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.backup.ARCHIVE_S", 0.3)
+    answers = ["the archiver fails", ""]
+
+    async def trouble() -> str:
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    segment = segment_name(1, 8 * SEGMENT_BYTES)
+    await await_archived(place, segment, trouble)
+    answers[:] = ["the archiver fails"]
+    with pytest.raises(BackupFailed, match="the archiver fails"):
+        await await_archived(place, segment, trouble)

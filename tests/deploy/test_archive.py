@@ -190,17 +190,21 @@ def test_what_a_restore_would_miss_is_named(
     assert found == [f"{int(x[0]):08X}{0:08X}{int(x[1]):08X}" if isinstance(x, list) else x for x in wanted]
 
 
-def test_a_hole_ends_the_wait_for_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def archived() -> str:
+    return ""
+
+
+async def test_a_hole_ends_the_wait_for_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy.backup, "ARCHIVE_S", 0.3)
     folder = archive_of(tmp_path, "1-3", "1-5")
     made = record(folder, 1, 3 * SEGMENT_BYTES + 100)
-    await_archived(folder, segment_name(1, 5 * SEGMENT_BYTES))
+    await await_archived(folder, segment_name(1, 5 * SEGMENT_BYTES), archived)
     with pytest.raises(LogMissing, match="000000010000000000000004"):
-        await_archived(folder, segment_name(1, 5 * SEGMENT_BYTES), made)
+        await await_archived(folder, segment_name(1, 5 * SEGMENT_BYTES), archived, made)
     (folder.wal / f"{segment_name(1, 4 * SEGMENT_BYTES)}.gz").touch()
-    await_archived(folder, segment_name(1, 5 * SEGMENT_BYTES), made)
+    await await_archived(folder, segment_name(1, 5 * SEGMENT_BYTES), archived, made)
     with pytest.raises(BackupFailed, match="didn't reach"):
-        await_archived(folder, segment_name(1, 6 * SEGMENT_BYTES), made)
+        await await_archived(folder, segment_name(1, 6 * SEGMENT_BYTES), archived, made)
 
 
 ends = st.dictionaries(
