@@ -7,14 +7,17 @@ missing was never finished, and is nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
+import fcntl
 import gzip
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -165,6 +168,14 @@ class BackupFolder:
         if missing := self.missing(backup):
             raise LogMissing(f"{self.wal} lacks {spoken(missing)}: backup {backup.id} can't be restored to a moment after that")
 
+    def drop_unfinished(self) -> None:
+        """Delete what backups have left that were never finished, but for those that somebody works on."""
+        for place in self.base.iterdir():
+            if (place / RECORD).exists():
+                continue
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), working_on(place):
+                shutil.rmtree(place, ignore_errors=True)
+
     def drop_older(self, keep: int) -> list[str]:
         """Delete all but the `keep` newest backups, and the log that only they needed; the ids of those that went."""
         assert keep >= 1
@@ -179,6 +190,17 @@ class BackupFolder:
                 if name[8:] < least:
                     (self.wal / (name + SUFFIX)).unlink()
         return [backup.id for backup in old]
+
+
+@contextmanager
+def working_on(folder: Path, *, wait: bool = False) -> Iterator[int]:
+    """The folder, open, is this process' own, and that of programs that get the descriptor. Raises BlockingIOError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -196,30 +218,35 @@ class Source(msgspec.Struct, frozen=True):
 def take(folder: BackupFolder, source: Source, password: str, bin_dir: Path, report: Report) -> Backup:
     """Copy the node's data directory with the log that makes it whole, verify every file and the log, and record it.
 
-    Raises BackupFailed, with the program's words, or BackupDamaged; nothing that looks like a backup is left then.
+    Raises BackupFailed, with the program's words, or BackupDamaged; nothing is left then. It belongs into the main thread, where
+    a signal interrupts it.
     """
     began_at = now()
     id = began_at.strftime("%Y%m%dT%H%M%SZ")
     place = folder.base / id
-    try:
-        place.mkdir(mode=0o700)
-    except FileExistsError:
-        raise BackupFailed(f"{place} is there already: another backup began in the same second") from None
-    try:
-        report(f"copying {source.node}")
-        command = [str(bin_dir / "pg_basebackup"), "-h", source.host, "-p", str(source.port), "-U", ROLE, "-w"]
-        command += ["-D", str(place / "data"), "--wal-method=stream", "--checkpoint=fast", "--manifest-checksums=SHA256"]
-        command += ["--label", f"oncepay {source.shard} {id}"]
-        _run(command, {**os.environ, "PGPASSWORD": password})
-        report("verifying it")
-        backup = _described(verify(place / "data", bin_dir), id, source, began_at)
-        record = place / f"{RECORD}.new"
-        record.write_bytes(msgspec.json.format(msgspec.json.encode(backup), indent=2) + b"\n")
-        record.rename(place / RECORD)
-        return backup
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+    with ExitStack() as stack:
+        with working_on(folder.base, wait=True):
+            folder.drop_unfinished()
+            try:
+                place.mkdir(mode=0o700)
+            except FileExistsError:
+                raise BackupFailed(f"{place} is there already: another backup began in the same second") from None
+            kept = stack.enter_context(working_on(place))
+        try:
+            report(f"copying {source.node}")
+            command = [str(bin_dir / "pg_basebackup"), "-h", source.host, "-p", str(source.port), "-U", ROLE, "-w"]
+            command += ["-D", str(place / "data"), "--wal-method=stream", "--checkpoint=fast", "--manifest-checksums=SHA256"]
+            command += ["--label", f"oncepay {source.shard} {id}"]
+            _run(command, {**os.environ, "PGPASSWORD": password}, kept)
+            report("verifying it")
+            backup = _described(verify(place / "data", bin_dir), id, source, began_at)
+            record = place / f"{RECORD}.new"
+            record.write_bytes(msgspec.json.format(msgspec.json.encode(backup), indent=2) + b"\n")
+            record.rename(place / RECORD)
+            return backup
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
 
 
 def _described(manifest: Manifest, id: str, source: Source, began_at: dt.datetime) -> Backup:
@@ -283,8 +310,11 @@ def now() -> dt.datetime:
     return dt.datetime.now(dt.UTC).replace(microsecond=0)
 
 
-def _run(command: Sequence[str], environment: dict[str, str] | None = None) -> None:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def _run(command: Sequence[str], environment: dict[str, str], kept: int) -> None:
+    """Run it with the descriptor; when the caller is interrupted it is killed. Raises BackupFailed."""
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, pass_fds=(kept,)
+    )
     if done.returncode:
         words = done.stderr.strip().splitlines()[-3:] or [f"exit code {done.returncode}"]
         raise BackupFailed(f"{Path(command[0]).name}: {' / '.join(words)}")

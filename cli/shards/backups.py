@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime as dt
 import json
 import time
@@ -66,12 +65,11 @@ def backup(
       oncepay shards backup s0
       oncepay shards backup s0 --keep 7 --output json
     """
+    end_on_terminate()
     settings = settings_of(config)
     began_s = time.monotonic()
     with reporting(output) as report:
-        done = with_etcd(
-            settings, lambda etcd: _backup(etcd, settings, shard, _folder(shard, folder), keep, log_only, dry_run, report)
-        )
+        done = _backup(settings, shard, _folder(shard, folder), keep, log_only, dry_run, report)
     done["seconds"] = round(time.monotonic() - began_s, 2)
     if output == "json":
         click.echo(json.dumps(done))
@@ -189,15 +187,8 @@ def _folder(shard: str, folder: Path | None) -> BackupFolder:
     return BackupFolder(folder.resolve() if folder is not None else Layout(home().resolve()).backups(shard))
 
 
-async def _backup(
-    etcd: Etcd,
-    settings: Settings,
-    shard: str,
-    place: BackupFolder,
-    keep: int | None,
-    log_only: bool,
-    dry_run: bool,
-    report: Report,
+def _backup(
+    settings: Settings, shard: str, place: BackupFolder, keep: int | None, log_only: bool, dry_run: bool, report: Report
 ) -> dict[str, Any]:
     import msgspec
 
@@ -205,19 +196,19 @@ async def _backup(
     from deploy.programs import postgres_bin
 
     report(f"looking at {shard}")
-    source, archives = await _source(etcd, settings, shard)
+    source, archives = with_etcd(settings, lambda etcd: _source(etcd, settings, shard))
     done: dict[str, Any] = {"shard": shard, "node": source.node, "folder": str(place.folder), "dry_run": dry_run}
     if dry_run:
         return done
     since = place.choose() if log_only else next(reversed(place.all()), None)
     if not log_only:
         place.make()
-        taken = await asyncio.to_thread(take, place, source, settings.postgres.backup_password, postgres_bin(), report)
+        taken = take(place, source, settings.postgres.backup_password, postgres_bin(), report)
         done["backup"] = msgspec.to_builtins(taken)
         since = since or taken
     if archives:
         report("archiving the log")
-        done["archived_to"] = await archive_to_now(etcd, settings, shard, place, since)
+        done["archived_to"] = with_etcd(settings, lambda etcd: archive_to_now(etcd, settings, shard, place, since))
     elif log_only:
         raise NotFound(f"the nodes of {shard} don't archive their log (archive_mode is off)")
     done["dropped"] = place.drop_older(keep) if keep and not log_only else []

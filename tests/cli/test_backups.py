@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
 from click.testing import CliRunner
 
-from cli.common import WRONG
+from cli.common import INTERRUPTED, WRONG
 from cli.shards import shards
+from deploy import processes
 from deploy.backup import SEGMENT_BYTES, Backup, BackupFailed, BackupFolder, await_archived, segment_name
 from deploy.local import Cluster, WrongHome
 from deploy.local.layout import Memory
 from shard.store.facts import ArchiveFacts
 
+T = TypeVar("T")
 MOMENT = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 
@@ -88,6 +96,88 @@ def test_the_archiver_itself_has_to_say_that_a_segment_is_archived(last: str | N
     told = ArchiveFacts("always", 1, last, None, 1, failing, "X")
     trouble = told.trouble("000000010000000000000008")
     assert words in trouble if words else trouble == ""
+
+
+SLOW_COPY = """#!/bin/sh
+while [ "$1" != -D ]; do shift; done
+mkdir -p "$2"
+echo $$ > "$2/pid"
+exec sleep 60
+"""
+
+TAKE = """
+import asyncio, importlib, sys
+from pathlib import Path
+import deploy.programs
+from deploy.backup import Source
+
+module = importlib.import_module("cli.shards.backups")
+
+async def source(*_):
+    return Source("s0", "i", 1, [], "s0-1", "127.0.0.1", 1), True
+
+module._source = source
+module.with_etcd = lambda settings, work: asyncio.run(work(None))
+module.settings_of = lambda _: importlib.import_module("oncepay.settings").Settings()
+deploy.programs.postgres_bin = lambda: Path(sys.argv[1])
+module.backup(["s0"])
+"""
+
+
+@pytest.fixture
+def copying(place: BackupFolder, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A backup whose copy takes long, and the folder that it goes to."""
+    program = tmp_path / "pg_basebackup"
+    program.write_text(SLOW_COPY)
+    program.chmod(0o700)
+    process = subprocess.Popen([sys.executable, "-c", TAKE, str(tmp_path)], stderr=subprocess.PIPE)
+    try:
+        yield process, Path(until(lambda: next(iter(place.base.glob("*/data/pid")), None)))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until(check: Callable[[], T | None]) -> T:
+    deadline_s = time.monotonic() + 20
+    while not (found := check()):
+        assert time.monotonic() < deadline_s, "it never came to hold"
+        time.sleep(0.05)
+    return found
+
+
+def pid_in(path: Path) -> int:
+    return int(until(path.read_text))
+
+
+def test_a_backup_that_is_terminated_takes_back_what_it_began(
+    place: BackupFolder, copying: tuple[subprocess.Popen[bytes], Path]
+) -> None:
+    process, path = copying
+    copier = pid_in(path)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == INTERRUPTED
+    assert not processes.is_alive(copier)
+    assert sorted(found.name for found in place.base.iterdir()) == ["b1", "b2"]
+
+
+def test_the_next_backup_removes_unfinished_ones_that_nobody_works_on(
+    place: BackupFolder, copying: tuple[subprocess.Popen[bytes], Path]
+) -> None:
+    process, path = copying
+    copier, running = pid_in(path), path.parent.parent
+    (place.base / "b0" / "data").mkdir(parents=True)
+    place.drop_unfinished()
+    assert sorted(found.name for found in place.base.iterdir()) == sorted([running.name, "b1", "b2"])
+    process.kill()
+    process.wait()
+    place.drop_unfinished()
+    assert running.exists(), "the program that copies has outlived the command"
+    os.kill(copier, signal.SIGKILL)
+    until(lambda: not processes.is_alive(copier) or None)
+    place.drop_unfinished()
+    assert sorted(found.name for found in place.base.iterdir()) == ["b1", "b2"]
 
 
 async def test_a_backup_fails_while_the_archiver_does(place: BackupFolder, monkeypatch: pytest.MonkeyPatch) -> None:
