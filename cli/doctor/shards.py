@@ -109,6 +109,9 @@ def judge(name: str, facts: Facts, mapped: list[tuple[int, int]], *, restored: b
     if facts.archive.failing:
         text = f"the archive of its log fails at {facts.archive.last_failed}: the log piles up on the leader's disk"
         yield Finding("problem", name, text, "runbook backups: is there room, and may Postgres write there?")
+    if facts.archive.mode == "off":
+        text = "its log isn't archived (archive_mode is off): what follows a base backup can't be restored"
+        yield Finding("warning", name, text, "runbook backups: set archive_mode and archive_command")
     if facts.longest_transaction_s > TRANSACTION_S:
         text = f"a transaction has been open for {facts.longest_transaction_s:,.0f} s"
         yield Finding("warning", name, text, "it keeps dead rows and blocks migrations: find it in pg_stat_activity")

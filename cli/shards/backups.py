@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.common import handle_errors, home, output_option
+from cli.common import WRONG, handle_errors, home, output_option
 from cli.deployment import (
     Report,
     config_option,
@@ -58,7 +58,7 @@ def backup(
     """Make a base backup of a shard while it works, from a standby where there is one; verify every file of it, and the log.
 
     The first backup makes the archive's folder. From then on all nodes archive the shard's log there, and the shard can be
-    restored to any moment after the backup's end.
+    restored to any moment after the backup's end. Exit code 1 where the shard archives no log: then it is the base backup alone.
 
     \b
     Example:
@@ -80,6 +80,10 @@ def backup(
     else:
         size = done["backup"]["size_bytes"] / 2**20
         click.echo(f"backup {done['backup']['id']} of {done['node']}, {size:,.1f} MiB, verified, in {done['seconds']:.1f} s")
+    if not dry_run and done["archived_to"] is None:
+        if output == "text":
+            click.echo(f"{shard} doesn't archive its log (archive_mode is off): nothing after this can be restored", err=True)
+        raise SystemExit(WRONG)
 
 
 @click.command(short_help="The backups of a shard.")
@@ -200,6 +204,7 @@ def _backup(
     done: dict[str, Any] = {"shard": shard, "node": source.node, "folder": str(place.folder), "dry_run": dry_run}
     if dry_run:
         return done
+    done["archived_to"] = None
     since = place.choose() if log_only else next(reversed(place.all()), None)
     if not log_only:
         place.make()

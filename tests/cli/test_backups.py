@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib
 import json
 import os
 import signal
@@ -20,9 +21,10 @@ from click.testing import CliRunner
 from cli.common import INTERRUPTED, WRONG
 from cli.shards import shards
 from deploy import processes
-from deploy.backup import SEGMENT_BYTES, Backup, BackupFailed, BackupFolder, await_archived, segment_name
+from deploy.backup import SEGMENT_BYTES, Backup, BackupFailed, BackupFolder, Source, await_archived, segment_name
 from deploy.local import Cluster, WrongHome
 from deploy.local.layout import Memory
+from oncepay.settings import Settings
 from shard.store.facts import ArchiveFacts
 
 T = TypeVar("T")
@@ -178,6 +180,22 @@ def test_the_next_backup_removes_unfinished_ones_that_nobody_works_on(
     until(lambda: not processes.is_alive(copier) or None)
     place.drop_unfinished()
     assert sorted(found.name for found in place.base.iterdir()) == ["b1", "b2"]
+
+
+def test_a_backup_without_an_archive_says_so_and_is_not_all_well(
+    place: BackupFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("cli.shards.backups")
+    told = Source("s0", "i", 1, [], "s0-1", "127.0.0.1", 1), False
+    monkeypatch.setattr(module, "settings_of", lambda _: Settings())
+    monkeypatch.setattr(module, "with_etcd", lambda *_: told)
+    monkeypatch.setattr("deploy.backup.take", lambda *_: place.choose(id="b2"))
+    done = run("backup", "s0", "--keep", "1", code=WRONG)
+    assert (done["backup"]["id"], done["archived_to"], done["dropped"]) == ("b2", None, ["b1"])
+    result = CliRunner().invoke(shards, ["backup", "s0"])
+    assert result.exit_code == WRONG
+    assert "archive_mode is off" in result.stderr
+    assert "backup b2" in result.stdout
 
 
 async def test_a_backup_fails_while_the_archiver_does(place: BackupFolder, monkeypatch: pytest.MonkeyPatch) -> None:

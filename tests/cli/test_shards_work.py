@@ -127,6 +127,7 @@ def facts(**members: Any) -> Facts:
         ({"slots": [SlotFacts("oncepay_feed", "logical", True, "lost", 1, 0)]}, "lost its place"),
         ({"slots": [SlotFacts("oncepay_feed", "logical", True, "reserved", 1, 2**31)]}, "over half"),
         ({"archive": ArchiveFacts("always", 1, "a", "t", 1, True, "b")}, "archive of its log fails"),
+        ({"archive": ArchiveFacts("off", 0, None, None, 0, None, None)}, "archive_mode is off"),
         ({"longest_transaction_s": 3600.0}, "open for 3,600 s"),
     ],
 )
