@@ -93,13 +93,13 @@ def plan(
         raise click.UsageError("say what moves: one of --range, --split, --empty, --even")
 
     async def work(etcd: Etcd, settings: Settings) -> list[Plan]:
-        from oncepay.shardmap import read_shards
+        from oncepay.shardmap import read_takers
         from shard.mover.plan import plan as make
         from shard.mover.run import mover
 
         async with mover(etcd, settings) as moving:
             current = await moving.records.change_map(lambda found: found)
-            shards = await read_shards(etcd)
+            shards = await read_takers(etcd)
             wanted = _wanted(current, shards, slots, target, split_shard, empty_shard)
             return [
                 await make(moving, current, first, last, to, rate_rows_per_s=rate, pause_limit_s=pause_limit_s, keep=not dry_run)

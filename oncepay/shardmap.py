@@ -71,15 +71,29 @@ class _Record(msgspec.Struct):
     """What is read of a shard's own record."""
 
     restored: bool = False
+    removing: bool = False
+
+
+async def _read_records(etcd: Etcd) -> dict[str, _Record]:
+    kvs, _ = await etcd.get_prefix(SHARDS_PREFIX)
+    return {kv.key.removeprefix(SHARDS_PREFIX): msgspec.json.decode(kv.value, type=_Record) for kv in kvs}
 
 
 async def read_shards(etcd: Etcd) -> list[str]:
     """All shards, also those that own nothing; but none that was restored from a backup, whose rows are others', and that has no
     workers until it is accepted. Raises EtcdUnavailable.
     """
-    kvs, _ = await etcd.get_prefix(SHARDS_PREFIX)
-    found = {kv.key.removeprefix(SHARDS_PREFIX): msgspec.json.decode(kv.value, type=_Record) for kv in kvs}
-    return sorted(shard for shard, record in found.items() if not record.restored)
+    return sorted(shard for shard, record in (await _read_records(etcd)).items() if not record.restored)
+
+
+async def read_takers(etcd: Etcd) -> list[str]:
+    """The shards that may take slots: those of `read_shards` that nobody is removing. Raises EtcdUnavailable."""
+    return sorted(shard for shard, record in (await _read_records(etcd)).items() if not record.restored and not record.removing)
+
+
+def is_removing(record: bytes) -> bool:
+    """Whether somebody removes the shard whose record this is: it may get nothing any more."""
+    return msgspec.json.decode(record, type=_Record).removing
 
 
 async def read_map(etcd: Etcd) -> ShardMap | None:

@@ -75,7 +75,8 @@ async def _take_over(etcd: Etcd, settings: Settings, shard: str, dry_run: bool, 
     """First the shard's own table, which has the last word, then the map; cut off in between it may be called again."""
     import msgspec
 
-    from oncepay.shardmap import MAP_KEY, Range, ShardMap
+    from oncepay.etcd import Put, mod_revision_is
+    from oncepay.shardmap import MAP_KEY, SHARDS_PREFIX, Range, ShardMap, is_removing
     from shard.store.restored import origin
 
     report(f"looking at {shard}")
@@ -85,6 +86,9 @@ async def _take_over(etcd: Etcd, settings: Settings, shard: str, dry_run: bool, 
         if was is None:
             raise WrongState(f"{shard} was not made from a backup")
         kv = await etcd.get(MAP_KEY)
+        record = await etcd.get(SHARDS_PREFIX + shard)
+        if record is None or is_removing(record.value):
+            raise WrongState(f"{shard} is being removed")
         if kv is None:
             raise WrongState("etcd has no shard map: `oncepay etcd settle`")
         known = msgspec.json.decode(kv.value, type=ShardMap)
@@ -104,8 +108,9 @@ async def _take_over(etcd: Etcd, settings: Settings, shard: str, dry_run: bool, 
                 Range(item.first, item.last, shard if item.shard == was.of_shard else item.shard) for item in known.ranges
             )
             made = msgspec.json.encode(ShardMap(version, taken))
-            if await etcd.compare_and_put(MAP_KEY, made, kv.mod_revision) is None:
-                raise EtcdUnavailable("somebody else changed the map at the same time: call again")
+            unchanged = [mod_revision_is(MAP_KEY, kv.mod_revision), mod_revision_is(record.key, record.mod_revision)]
+            if not (await etcd.txn(unchanged, [Put(MAP_KEY, made)])).succeeded:
+                raise EtcdUnavailable("somebody else changed the map or the shard at the same time: call again")
     finally:
         connection.terminate()
     return {"shard": shard, "of": was.of_shard, "ranges": ranges, "map_version": version}

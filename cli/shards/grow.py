@@ -87,18 +87,23 @@ def remove(shard: str, dead: bool, yes: bool, dry_run: bool, output: str) -> Non
     """
     from deploy.local import Cluster
 
+    end_on_terminate()
     cluster = Cluster(home())
     settings = cluster.settings
     cluster.supervisor()  # raises when the cluster doesn't run
+
+    def check() -> None:
+        with_etcd(settings, lambda etcd: check_removal(etcd, settings, cluster, shard, dead=dead))
+
     with reporting(output) as report:
         report(f"looking whether {shard} is needed")
-        with_etcd(settings, lambda etcd: check_removal(etcd, settings, cluster, shard, dead=dead))
+        check()
     if not dry_run:
         if not yes:
             click.confirm(f"Delete shard {shard} with all of its data?", abort=True, err=True)
         with reporting(output) as report:
             report(f"removing {shard}")
-            cluster.remove_shard(shard)
+            cluster.remove_shard(shard, check)  # again: the question may have stood for long
     if output == "json":
         click.echo(json.dumps({"shard": shard, "removed": not dry_run, "dry_run": dry_run}))
     else:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -267,8 +268,9 @@ class Cluster:
         """The shards that were made from a backup, and have not been accepted."""
         return self._memory().restored
 
-    def remove_shard(self, shard: str) -> None:
-        """Stop the shard's processes, forget it and delete its nodes' data. Whether it owns anything is the caller's to know.
+    def remove_shard(self, shard: str, check: Callable[[], None]) -> None:
+        """Stop the shard's processes, forget it and delete its nodes' data. `check` raises when it is needed: it is called when
+        the shard's record says that it may get no slots any more, which is taken back then.
 
         When it is interrupted it may be called again. Raises NotRunning; WrongHome for a shard that isn't there.
         """
@@ -277,12 +279,21 @@ class Cluster:
             control = Supervisor(self.layout, timeout_s=DOWN_TIMEOUT_S)
             memory = self.check_shard(shard)
             plan = self._plan(memory)
+            gateway = Gateway(plan.settings.etcd.endpoints)
+            key = f"{plan.settings.etcd.prefix}/shards/{shard}"
+            hosts, restored = plan.node_hosts(shard), shard in memory.restored
+            record = partial(shard_map.shard_record, plan.ports, plan.number(shard), shard, hosts, restored=restored)
+            gateway.put(key, record(removing=True))
+            try:
+                check()
+            except BaseException:
+                gateway.put(key, record())
+                raise
+            gateway.delete(key)
             ours = [program for program in plan.programs() if program.shard == shard]
             control.stop(program.name for program in ours if program.group == "services")
             control.stop((program.name for program in ours if program.group == "data"), wait=False)
             control.await_stopped({program.name for program in ours}, DOWN_TIMEOUT_S)
-            gateway = Gateway(plan.settings.etcd.endpoints)
-            gateway.delete(f"{plan.settings.etcd.prefix}/shards/{shard}")
             gateway.delete_prefix(f"{plan.settings.etcd.prefix}/patroni/{shard}/")
             for node in node_names(shard):
                 shutil.rmtree(self.layout.node(node), ignore_errors=True)

@@ -43,11 +43,13 @@ def parse_map(text: str) -> dict[str, list[Range]]:
     return ranges
 
 
-def shard_record(ports: Ports, number: int, shard: str, hosts: Sequence[str], *, restored: bool = False) -> str:
+def shard_record(
+    ports: Ports, number: int, shard: str, hosts: Sequence[str], *, restored: bool = False, removing: bool = False
+) -> str:
     """What etcd keeps of a shard: where its nodes listen, at `hosts` in the order of the nodes. `restored`: it was made from a
-    backup, and may get no slots until it is accepted.
+    backup, and may get no slots until it is accepted. `removing`: it may get none any more.
     """
     named = enumerate(zip(node_names(shard), hosts, strict=True))
     nodes = [{"name": node, "host": host, "port": ports.postgres(number, n)} for n, (node, host) in named]
-    record = {"name": shard, "scope": shard, "nodes": nodes}
-    return json.dumps({**record, "restored": True} if restored else record)
+    marks = {name: True for name, marked in (("restored", restored), ("removing", removing)) if marked}
+    return json.dumps({"name": shard, "scope": shard, "nodes": nodes, **marks})

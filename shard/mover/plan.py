@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from oncepay.moves import BUSY, LAG_MAX_BYTES, PAUSE_LIMIT_S, Move
-from oncepay.shardmap import ShardMap, read_shards
+from oncepay.shardmap import ShardMap, read_takers
 from shard.mover.errors import MoveError
 from shard.mover.records import Records, new_id, now_ms
 from shard.mover.run import Mover
@@ -86,7 +86,7 @@ async def plan(
     source = _owner(current, first, last)
     if source == target:
         raise MoveError(f"shard {target} owns slots {first}-{last} already")
-    if target not in await read_shards(mover.records.etcd):
+    if target not in await read_takers(mover.records.etcd):
         raise MoveError(f"there is no shard {target} that may take slots")
     sides = [Side(shard, mover.leaders, mover.settings, "oncepay-mover plan") for shard in (source, target)]
     try:

@@ -22,7 +22,7 @@ from oncepay.errors import EtcdUnavailable
 from oncepay.etcd import Compare, Etcd, EtcdOutcomeUnknown, Lease, Put, absent, mod_revision_is, value_is
 from oncepay.logs import get_logger
 from oncepay.moves import MOVES_PREFIX, OPERATORS_PREFIX, Goal, Move, refusal
-from oncepay.shardmap import MAP_KEY, ShardMap
+from oncepay.shardmap import MAP_KEY, SHARDS_PREFIX, ShardMap, is_removing
 from shard.mover.errors import MoveError, MovePaused, MoveRefused, MoveTaken, NoSuchMove
 
 TTL_S = 5
@@ -72,10 +72,18 @@ class Records:
         return _decode(kv.value), kv.mod_revision
 
     async def create(self, move: Move) -> None:
-        """Keep a planned move. Raises MoveRefused when it touches the range of another one that isn't over."""
+        """Keep a planned move. Raises MoveRefused when it touches the range of another one that isn't over, or its target is
+        being removed."""
         gate = f"{OPERATORS_PREFIX}plan"  # whoever plans at the same time has to look again
         before = await self.etcd.get(gate)
-        compares = [absent(MOVES_PREFIX + move.id), mod_revision_is(gate, before.mod_revision if before else 0)]
+        taker = await self.etcd.get(SHARDS_PREFIX + move.target)
+        if taker is not None and is_removing(taker.value):
+            raise MoveRefused(f"shard {move.target} is being removed")
+        compares = [
+            absent(MOVES_PREFIX + move.id),
+            mod_revision_is(gate, before.mod_revision if before else 0),
+            mod_revision_is(SHARDS_PREFIX + move.target, taker.mod_revision if taker else 0),
+        ]
         known = sorted(await self.all(), key=lambda item: item.changed_at_ms)
         for other in known:
             if not other.over and other.touches(move.first, move.last):
@@ -86,7 +94,7 @@ class Records:
             compares, [Put(MOVES_PREFIX + move.id, msgspec.json.encode(move)), Put(gate, move.id.encode())]
         )
         if not result.succeeded:
-            raise MoveRefused("another move was planned at the same time: plan again")
+            raise MoveRefused("another move was planned, or its target changed, at the same time: plan again")
         over = [item for item in known if item.over]
         for old in over[: max(0, len(over) - OVER_MAX)]:
             await self.etcd.delete(MOVES_PREFIX + old.id)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from click.testing import CliRunner
@@ -13,9 +14,15 @@ from cli.config import config
 from cli.doctor import doctor
 from cli.doctor.services import judge as judge_metrics
 from cli.doctor.shards import judge as judge_shard
-from cli.shards import shards
+from cli.shards import grow, shards
 from cli.shards.grow import named_in
 from deploy.local import Cluster
+from deploy.local.supervisor import Supervisor
+from oncepay.etcd import Etcd
+from oncepay.moves import Move
+from oncepay.shardmap import read_shards, read_takers
+from shard.mover.errors import MoveRefused
+from shard.mover.records import Records
 from shard.store.facts import ArchiveFacts, Facts, SlotFacts, StandbyFacts
 from shard.store.migrate import LATEST
 
@@ -59,6 +66,36 @@ def test_dry_runs_say_what_would_be_done(cluster: Cluster) -> None:
     assert run(cluster, "compare", "s0", code=WRONG)["error"]["type"] == "wrong-state"
     after = run(cluster, "show", "s0")
     assert after["facts"]["incarnation"] == before["facts"]["incarnation"]
+
+
+@pytest.mark.cluster
+def test_a_shard_that_got_slots_while_the_question_stood_is_kept(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, seen = grow.check_removal, list[list[str]]()
+
+    async def checked(etcd: Etcd, *arguments: Any, **options: Any) -> None:
+        seen.append(await read_takers(etcd))
+        if len(seen) == 1:
+            return  # it owned nothing then
+        move = Move(id="mtest", first=0, last=9, source="s0", target="s1")
+        with pytest.raises(MoveRefused, match="being removed"):
+            await Records(etcd).create(move)
+        assert "s1" in await read_shards(etcd), "what it has still to tell is waited for"
+        await check(etcd, *arguments, **options)
+
+    def deleted(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("it is deleted")
+
+    monkeypatch.setattr(grow, "check_removal", checked)
+    monkeypatch.setattr(Supervisor, "stop", deleted)
+    refused = run(cluster, "remove", "s1", "--yes", code=WRONG)
+    assert "move them first" in refused["error"]["detail"]
+    assert ["s1" in takers for takers in seen] == [True, False]
+    assert asyncio.run(takers_of(cluster)) == seen[0]
+
+
+async def takers_of(cluster: Cluster) -> list[str]:
+    async with Etcd(cluster.settings.etcd) as etcd:
+        return await read_takers(etcd)
 
 
 @pytest.mark.cluster
