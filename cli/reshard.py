@@ -28,6 +28,11 @@ config_option = click.option(
 )
 dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 move_argument = click.argument("move_id", metavar="ID")
+lost_option = click.option(
+    "--lost",
+    metavar="SHARD",
+    help="This shard of the move is lost for good: end it without, and clean up the other shard.",
+)
 
 
 @click.group(short_help="Move ranges of slots between shards, under load.")
@@ -208,11 +213,15 @@ def _command(name: str, goal: Goal | None, short: str, text: str) -> None:
     @dry_run_option
     @output_option
     @handle_errors
-    def run(move_id: str, config: str | None, dry_run: bool, output: str) -> None:
-        _carry_on(move_id, goal, config, dry_run, output)
+    def run(move_id: str, config: str | None, dry_run: bool, output: str, lost: str | None = None) -> None:
+        if lost is not None and goal is not None:
+            _end_without(move_id, goal, lost, config, dry_run, output)
+        else:
+            _carry_on(move_id, goal, config, dry_run, output)
 
     run.__doc__ = f"{text}\n\n    \b\n    Example:\n      oncepay reshard {name} m1a2b3c4d\n    "
-    reshard.command(name, short_help=short)(move_argument(run))
+    options = lost_option(run) if name in ("abort", "finish") else run
+    reshard.command(name, short_help=short)(move_argument(options))
 
 
 _TEXTS: dict[str, tuple[Goal | None, str, str]] = {
@@ -275,6 +284,34 @@ def _carry_on(move_id: str, goal: Goal | None, config: str | None, dry_run: bool
         _say(move, output, f"would bring move {move.id} from {move.state} to {goal or move.goal}")
     else:
         _say(move, output, _outcome(move))
+
+
+def _end_without(move_id: str, goal: Goal, lost: str, config: str | None, dry_run: bool, output: str) -> None:
+    async def work(etcd: Etcd, settings: Settings) -> Move:
+        from deploy.members import read
+        from oncepay.moves import refusal_without
+        from oncepay.shardmap import read_map
+        from shard.mover.errors import MoveRefused
+        from shard.mover.lost import end_without
+        from shard.mover.records import Records
+        from shard.mover.run import mover
+
+        move, _ = await Records(etcd).get(move_id)
+        alive = await read(etcd, lost)
+        if alive.leader is not None or alive.members:
+            names = ", ".join(member.name for member in alive.members) or alive.leader
+            raise MoveRefused(f"{names} of {lost} is in touch with etcd: only a shard whose nodes are lost is done without")
+        known = await read_map(etcd)
+        if dry_run:
+            if known is None or (why := refusal_without(move, goal, lost, known.range_of(move.first).shard)):
+                raise MoveRefused(why if known else "etcd has no shard map")
+            return move
+        with _bars(quiet=output == "json") as on_progress:
+            async with mover(etcd, settings, on_progress) as moving:
+                return await end_without(moving, move_id, goal, lost, on_progress)
+
+    move = asyncio.run(_with_etcd(config, work))
+    _say(move, output, f"would bring move {move.id} from {move.state} to {goal}" if dry_run else _outcome(move))
 
 
 async def _interrupt(records: Any, move_id: str, goal: Goal) -> None:

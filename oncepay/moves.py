@@ -130,6 +130,18 @@ def refusal(move: Move, goal: Goal) -> str:
     return f"move {move.id} is in state {move.state}: {wants.get(goal, 'it was only planned')}"
 
 
+def refusal_without(move: Move, goal: Goal, lost: str, owner: str) -> str:
+    """Why a move can't be ended without its shard `lost`, where the map gives the range to `owner`; empty when it can."""
+    if lost not in (move.source, move.target):
+        return f"move {move.id} is from {move.source} to {move.target}: {lost} takes no part in it"
+    if move.over:
+        return f"move {move.id} is {move.state} already"
+    fit: Goal = "aborted" if owner == move.source else "finished"
+    command = {"aborted": "abort", "finished": "finish"}[fit]
+    wants = f"the map gives its slots to {owner}: `oncepay reshard {command} {move.id} --lost {lost}` ends it"
+    return "" if goal == fit else wants
+
+
 def split(current: ShardMap, first: int, last: int) -> ShardMap:
     """The same owners, with `first` to `last` as ranges of their own; the same map when they are already."""
     ranges: list[Range] = []

@@ -134,7 +134,7 @@ async def _check(etcd: Etcd, known: ShardMap, lost: str, had: Ranges) -> Ranges:
     moves, _ = await etcd.get_prefix("moves/")
     for kv in moves:
         if (state := named_in(kv.value, lost)) is not None:
-            raise StillNeeded(f"move {kv.key.rpartition('/')[2]} of {lost} is in state {state}: abort it first")
+            raise StillNeeded(f"move {kv.key.rpartition('/')[2]} of {lost} is in state {state}: end it first, with --lost {lost}")
     return ranges
 
 

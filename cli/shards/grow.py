@@ -125,9 +125,12 @@ async def check_removal(etcd: Etcd, settings: Settings, cluster: Cluster, shard:
             f"the map gives {shard} the slots {_text(mapped)}: move them first (`oncepay reshard plan --empty {shard}`)"
         )
     moves, _ = await etcd.get_prefix("moves/")
+    without = f", with --lost {shard}" if dead else ""
     for kv in moves:
         if (move := named_in(kv.value, shard)) is not None:
-            raise StillNeeded(f"move {kv.key.rpartition('/')[2]} of {shard} is in state {move}: finish or abort it first")
+            raise StillNeeded(
+                f"move {kv.key.rpartition('/')[2]} of {shard} is in state {move}: finish or abort it first{without}"
+            )
     if dead:
         return
     try:

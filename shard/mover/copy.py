@@ -148,14 +148,13 @@ class Copier:
         while await target.fetchval(_LAG) > self._lag_max_bytes:  # noqa: ASYNC110 (the database tells of no event)
             await asyncio.sleep(LAG_PAUSE_S)
 
-    async def drop_origin(self) -> None:
-        """Unmake the origin of the copy."""
-        name = COPY_NAME + self._move
-        async with self._taker.session() as session:
-            await session.execute(
-                "select pg_terminate_backend(pid, 2000) from pg_stat_activity where application_name = $1", name
-            )
-            await session.execute("select pg_replication_origin_drop($1) where pg_replication_origin_oid($1) is not null", name)
+
+async def drop_origin(taker: Side, move: str) -> None:
+    """Unmake the origin of a move's copy."""
+    name = COPY_NAME + move
+    async with taker.session() as session:
+        await session.execute("select pg_terminate_backend(pid, 2000) from pg_stat_activity where application_name = $1", name)
+        await session.execute("select pg_replication_origin_drop($1) where pg_replication_origin_oid($1) is not null", name)
 
 
 async def _pipe(source: asyncpg.Connection, target: asyncpg.Connection, table: Table, first: int, last: int) -> tuple[int, int]:

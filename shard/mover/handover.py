@@ -152,9 +152,7 @@ class Handover:
                     if await stream.taker.owns(move.first, move.last):
                         return True
                 await claim(stream.giver, self._hold)
-                version = max(move.map_version, 1)
-                await stream.giver.commit(_TAKE, move.id, epoch, move.first, move.last, version, None, None)
-                _log.warning("range back at the giver", move=move.id, shard=stream.giver.shard)
+                await self.take_back(epoch)
                 return False
             except Unavailable as error:
                 if time.monotonic() > deadline_s:
@@ -163,6 +161,12 @@ class Handover:
                         f" run `oncepay reshard resume {move.id}`"
                     ) from error
                 await asyncio.sleep(RETREAT_PAUSE_S)
+
+    async def take_back(self, epoch: int) -> None:
+        """The giver has what it had fenced. Only where the taker is known not to have it, or never will be told to the map."""
+        move, giver = self._hold.move, self._stream.giver
+        await giver.commit(_TAKE, move.id, epoch, move.first, move.last, max(move.map_version, 1), None, None)
+        _log.warning("range back at the giver", move=move.id, shard=giver.shard)
 
     async def conclude(self, began_s: float | None) -> float:
         """The taker has the range: tell the map, and keep the record; seconds since the fence."""

@@ -22,7 +22,7 @@ from oncepay.moves import BUSY, FENCED, Goal, Move, Verified, split
 from oncepay.settings import Settings
 from shard.mover.changes import Changes
 from shard.mover.compare import Comparer
-from shard.mover.copy import Copied, Copier
+from shard.mover.copy import Copied, Copier, drop_origin
 from shard.mover.errors import MovePaused, MoveStopped, NotDrained, PauseTooLong, StreamLost
 from shard.mover.handover import Handover, claim
 from shard.mover.records import Hold, Records, now_ms
@@ -278,7 +278,7 @@ class Journey:
         if not await self._has_slot(stream):
             # The first time, or it was lost: what was copied before would miss what changed since. The slot comes last, so that
             # whoever finds one has nothing of this left to do.
-            await self._drop_subscription(stream)
+            await stream.unsubscribe()  # one of an earlier slot knows a progress that this one doesn't begin at
             await self._delete(stream.taker)
             await copier.begin()
             timelines = await self.source.timeline(), await self.target.timeline()
@@ -306,15 +306,6 @@ class Journey:
         except StreamLost:
             await stream.drop_slot(stream.name)
             return False
-
-    async def _drop_subscription(self, stream: Stream) -> None:
-        """A subscription of an earlier slot knows a progress that this one doesn't begin at."""
-        async with stream.taker.session() as session, session.transaction():
-            await session.fetchval("select oncepay.assert_move($1, $2)", self.move.id, self._hold.epoch)
-            if await session.fetchval("select exists (select from pg_subscription where subname = $1)", stream.name):
-                await session.execute(f"alter subscription {stream.name} disable")
-                await session.execute(f"alter subscription {stream.name} set (slot_name = none)")
-                await session.execute(f"drop subscription {stream.name}")
 
     async def _split(self) -> None:
         """The range becomes one of its own, at the source and in the map; its owner stays."""
@@ -411,7 +402,7 @@ class Journey:
         """The stream back runs before anything is written at the taker."""
         await home.publish(self._tables)
         if await home.make_slot():
-            await self._drop_subscription(home)
+            await home.unsubscribe()  # as in `_copy`
         await home.subscribe()
         await home.enable()
 
@@ -510,13 +501,8 @@ class Journey:
 
     async def _drop_origin(self) -> None:
         """On both sides: a rollback may have copied the range back."""
-        move = self.move
-        for giver, taker in ((self.source, self.target), (self.target, self.source)):
-            copier = Copier(
-                move.id, self._hold.epoch, giver, taker, move.first, move.last, (),
-                rows_total=1, limit_rows_per_s=0, lag_max_bytes=0,
-            )  # fmt: skip
-            await copier.drop_origin()
+        for side in self._sides.values():
+            await drop_origin(side, self.move.id)
 
     async def _delete(self, side: Side) -> None:
         """Delete the range's rows on a shard that doesn't own it, those that refer to others first."""

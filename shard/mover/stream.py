@@ -182,12 +182,20 @@ class Stream:
 
     async def drop(self, *slots: str) -> None:
         """Unmake the subscription first, then slots (the stream's own and `slots`) and publication."""
+        await self.unsubscribe()
+        await self.unpublish(*slots)
+
+    async def unsubscribe(self) -> None:
+        """The taker's part, for which the giver isn't asked."""
         async with self.taker.session() as session, session.transaction():
             await session.fetchval("select oncepay.assert_move($1, $2)", self._move, self._epoch)
             if await session.fetchval("select exists (select from pg_subscription where subname = $1)", self.name):
                 await session.execute(f"alter subscription {self.name} disable")
                 await session.execute(f"alter subscription {self.name} set (slot_name = none)")
                 await session.execute(f"drop subscription {self.name}")
+
+    async def unpublish(self, *slots: str) -> None:
+        """The giver's part."""
         for slot in (self.name, *slots):
             await self.drop_slot(slot)
         async with self.giver.session() as session, session.transaction():
