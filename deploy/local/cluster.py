@@ -221,6 +221,8 @@ class Cluster:
                 gateway = Gateway(plan.settings.etcd.endpoints)
                 gateway.delete(f"{plan.settings.etcd.prefix}/shards/{shard}")
                 gateway.delete_prefix(f"{plan.settings.etcd.prefix}/patroni/{shard}/")
+                if plan.network is not None:
+                    plan.network.remove_shard(memory.numbers[shard])
                 raise
 
     def check_addition(self, shard: str) -> Memory:
@@ -297,6 +299,8 @@ class Cluster:
             gateway.delete_prefix(f"{plan.settings.etcd.prefix}/patroni/{shard}/")
             for node in node_names(shard):
                 shutil.rmtree(self.layout.node(node), ignore_errors=True)
+            if plan.network is not None:
+                plan.network.remove_shard(memory.numbers[shard])
             self.layout.remember(memory.without_shard(shard))
             for group in reversed(supervisor.GROUPS):
                 control.remove_group(f"{group}-{shard}")

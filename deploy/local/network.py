@@ -89,7 +89,8 @@ class Network:
             raise
 
     def add(self, shard: int) -> None:
-        """Make one shard's namespaces. Raises NetworkFailed."""
+        """Make one shard's namespaces anew. Raises NetworkFailed."""
+        self.remove_shard(shard)
         for node in range(NODES_PER_SHARD):
             name = self.namespace(shard, node)
             _ip(
@@ -100,6 +101,13 @@ class Network:
                 ]
             )
             _ip([f"addr add {self.address(shard, node)}/24 dev eth0", "link set eth0 up", "link set lo up"], name)
+
+    def remove_shard(self, shard: int) -> None:
+        """Delete what there is of one shard's namespaces. Nothing may run in them any more. Raises NetworkFailed."""
+        ours = {self.namespace(shard, node) for node in range(NODES_PER_SHARD)}
+        for name in self.namespaces():
+            if name in ours:
+                _ip([f"netns del {name}"])
 
     def remove(self) -> None:
         """Delete what there is of it. Nothing may run in the namespaces any more."""

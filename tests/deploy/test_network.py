@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from deploy.local.network import Network, NetworkFailed, Way, why_not
-from deploy.local.ports import SPAN, free_base
+from deploy.local.ports import NODES_PER_SHARD, SPAN, free_base
 from tests.needs import needs
 
 SERVER = """import socket, sys
@@ -52,6 +52,17 @@ def test_what_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         network.make(1)
     assert network.namespaces() == []
     assert not os.path.exists(f"/sys/class/net/{network.bridge}")
+
+
+@needs(not why_not(), "root, ip and nsenter")
+def test_a_shard_gets_the_number_of_one_that_was_removed(network: Network) -> None:
+    """Also when that one's namespaces were left behind."""
+    network.add(1)
+    network.add(1)
+    assert len(network.namespaces()) == 2 * NODES_PER_SHARD
+    network.remove_shard(1)
+    network.remove_shard(1)
+    assert network.namespaces() == [network.namespace(0, node) for node in range(NODES_PER_SHARD)]
 
 
 @contextlib.contextmanager
