@@ -32,7 +32,7 @@ def mend(cluster: Cluster) -> Mended:
             process.resume()
     memory, network = cluster.layout.memory(), cluster.network
     if memory is not None and network is not None:
-        for shard in range(len(memory.shards)):
+        for shard in memory.numbers.values():
             for node in range(NODES_PER_SHARD):
                 network.join(shard, node)
     for marker in cluster.layout.nodes.glob(f"*/{SMALL_DISK_FILE}"):
