@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.common import WRONG, handle_errors, home, output_option, port_base
+from cli.deployment import end_on_terminate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -275,6 +276,7 @@ def campaign(minutes: float, seed: int, keep: bool, output: str) -> None:
     from cli.demo import start as start_cluster
     from deploy.local import Cluster
 
+    end_on_terminate()
     console = Console(highlight=False, quiet=output == "json")
     cluster = Cluster(home() / CAMPAIGN_HOME, free_base(port_base()))
     cluster.down(purge=True)

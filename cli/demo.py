@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.common import WRONG, client_errors, handle_errors, home, output_option, port_base
+from cli.deployment import end_on_terminate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,6 +66,7 @@ def demo(count: int, seed: int, speed: float | None, reshard: bool, keep: bool, 
     from cli.summary import show
     from deploy.local import Cluster
 
+    end_on_terminate()
     console = Console(highlight=False, quiet=output == "json")
     cluster = Cluster(home() / "demo", free_base(port_base()))
     cluster.down(purge=True)

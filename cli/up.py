@@ -63,6 +63,7 @@ def hooks(cluster: Cluster) -> Hooks:
 
 
 def terminate(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one is not to cut off what is taken back; `timeout` sends two
     raise KeyboardInterrupt
 
 
