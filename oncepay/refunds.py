@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from oncepay.cart import Share
-from oncepay.errors import InvalidAmount, InvalidField, WrongState
+from oncepay.errors import InvalidAmount, InvalidField, InvalidKey, WrongState
 from oncepay.events import Contradiction, DisputeSeen, Moved, RefundRefused, RefundRequested, RefundSeen
+from oncepay.keys import check_characters, origin
 from oncepay.ledger import (
     STRIPE_CLEARING,
     BalanceLink,
@@ -123,17 +124,32 @@ def seen(payment: Payment, event: RefundSeen) -> Moved:
     view = event.view
     if payment.status is not Status.SUCCEEDED:
         raise Contradiction(f"{view.id} is a refund of a payment that is {payment.status}")
-    refund = next((each for each in payment.progress.refunds if _is(each, view)), None)
+    refund = next((each for each in payment.progress.refunds if is_same(each, view)), None)
     entries: tuple[Entry, ...] = ()
     moved = payment
     if refund is None:
         shares = spread(payment.left_shares, view.amount, fee_back=event.fee_back)
-        refund = Refund(adopted_key(view.id), view.amount, shares, view.created_at_ms, id=view.id, reason=view.reason)
+        refund = Refund(_key_for(payment, view), view.amount, shares, view.created_at_ms, id=view.id, reason=view.reason)
         moved, entries, _ = _added(payment, refund)
     return _seen(payment, moved, refund, view, entries)
 
 
-def _is(refund: Refund, view: RefundView) -> bool:
+def _key_for(payment: Payment, view: RefundView) -> str:
+    """What a refund that no row knows is called: by its own key where a restore has lost it, else by Stripe's id."""
+    known = any(refund.key == view.key for refund in payment.progress.refunds)
+    return view.key if not known and _could_be_sent(view.key) else adopted_key(view.id)
+
+
+def _could_be_sent(key: str) -> bool:
+    """Whether a client could have named its refund so. Metadata may be written by others."""
+    try:
+        origin(check_characters(key), {})  # raises for reserved names
+    except InvalidKey:
+        return False
+    return True
+
+
+def is_same(refund: Refund, view: RefundView) -> bool:
     """Whether it is that one. One that was given up and then made all the same (a late sender) is adopted as another."""
     return refund.id == view.id or (refund.key == view.key and not refund.id and refund.status not in REFUND_OVER)
 

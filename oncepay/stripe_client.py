@@ -143,6 +143,16 @@ class StripeGateway:
         body = await self._call("list", "get", "/v1/disputes", {"payment_intent": intent, "limit": PAGE_MAX}, {})
         return [item.view() for item in _decoded(body, DisputeList).data]
 
+    async def refunds_since(self, *, created_gte: int, starting_after: str = "") -> RefundList:
+        """One page (at most 100, newest first) of the account's refunds made since then (seconds since 1970)."""
+        body = await self._call("list", "get", "/v1/refunds", _span(created_gte, None, starting_after), {})
+        return _decoded(body, RefundList)
+
+    async def disputes_since(self, *, created_gte: int, starting_after: str = "") -> DisputeList:
+        """One page (at most 100, newest first) of the account's disputes opened since then (seconds since 1970)."""
+        body = await self._call("list", "get", "/v1/disputes", _span(created_gte, None, starting_after), {})
+        return _decoded(body, DisputeList)
+
     async def dispute_evidence(self, dispute: str, evidence: Mapping[str, str], *, submit: bool) -> DisputeView:
         """Put evidence to a dispute; with `submit` it is handed in for good. Raises StripeRefused."""
         parameters = {"evidence": dict(evidence), "submit": submit}
@@ -248,8 +258,9 @@ class StripeGateway:
         raise failure
 
 
-def _span(created_gte: int, created_lt: int, starting_after: str) -> dict[str, object]:
-    query: dict[str, object] = {"limit": PAGE_MAX, "created": {"gte": created_gte, "lt": created_lt}}
+def _span(created_gte: int, created_lt: int | None, starting_after: str) -> dict[str, object]:
+    created = {"gte": created_gte} | ({"lt": created_lt} if created_lt is not None else {})
+    query: dict[str, object] = {"limit": PAGE_MAX, "created": created}
     return query | ({"starting_after": starting_after} if starting_after else {})
 
 

@@ -164,6 +164,7 @@ class RefundObject(msgspec.Struct):
     reason: str | None = None
     failure_reason: str | None = None
     metadata: dict[str, str] | None = None
+    payment_intent: str | None = None
     balance_transaction: str | BalanceTransactionObject | None = None
     failure_balance_transaction: str | BalanceTransactionObject | None = None
 
@@ -209,6 +210,7 @@ class DisputeObject(msgspec.Struct):
     payment_intent: str | None = None
     balance_transactions: list[BalanceTransactionObject] = []
     evidence_details: EvidenceDetails | None = None
+    created: int = 0
 
     def view(self) -> DisputeView:
         """What the platform takes from it."""

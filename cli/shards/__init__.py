@@ -6,6 +6,7 @@ import click
 
 from cli.resnapshot import resnapshot
 from cli.shards.accept import accept
+from cli.shards.adopt import adopt
 from cli.shards.backups import backup, backups, restore
 from cli.shards.check_cache import check_cache
 from cli.shards.compare import compare
@@ -39,6 +40,7 @@ COMMANDS = (
     restore,
     compare,
     accept,
+    adopt,
     resnapshot,
     check_cache,
 )

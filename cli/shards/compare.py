@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from oncepay.etcd import Etcd
     from oncepay.settings import Settings
+    from oncepay.stripe_client import StripeGateway
     from shard.store.restored import Origin
 
 SHOWN_MAX = 20
@@ -35,8 +36,9 @@ KEPT_MAX = 10_000
 def compare(shard: str, since: str | None, config: str | None, output: str) -> None:
     """Compare a shard that was restored from a backup with what etcd, the owners of its slots, and Stripe know.
 
-    Names every payment that Stripe has and the shard lacks, or whose outcome it lacks; and, where the slots' owner can be
-    asked, what the two have otherwise. Exit code 1 when Stripe knows more than the shard.
+    Names every payment that Stripe has and the shard lacks, or whose outcome it lacks, and the refunds and disputes of its
+    payments that their rows lack; and, where the slots' owner can be asked, what the two have otherwise. Exit code 1 when Stripe
+    knows more than the shard.
 
     \b
     Example:
@@ -53,17 +55,16 @@ def compare(shard: str, since: str | None, config: str | None, output: str) -> N
         _say(done)
     if not done["ok"]:
         if output == "text":
-            fail(WRONG, f"Stripe knows payments that {shard} doesn't", as_json=False)
+            fail(WRONG, f"more is known outside than {shard} has", as_json=False)
         raise SystemExit(WRONG)
 
 
 async def _compare(etcd: Etcd, settings: Settings, shard: str, since: dt.datetime | None, report: Report) -> dict[str, Any]:
     from oncepay.shardmap import read_map
-    from oncepay.stripe_client import StripeGateway
     from shard.store.restored import origin
 
     report(f"looking at {shard}")
-    connection = await _session(etcd, settings, shard)
+    connection = await reader_session(etcd, settings, shard)
     try:
         was = await origin(connection)
         if was is None:
@@ -83,19 +84,31 @@ async def _compare(etcd: Etcd, settings: Settings, shard: str, since: dt.datetim
         done["beside_owners"] = [
             await _beside(etcd, settings, connection, was, owner, report) for owner in sorted(owners - {shard})
         ]
-        async with StripeGateway(settings.stripe) as stripe:
-            done["stripe"] = await _beside_stripe(connection, stripe, was, since, report)
+        done |= await beside_providers(connection, settings, was, since, report)
     finally:
         connection.terminate()
-    done["ok"] = not (done["stripe"]["missing"] or done["stripe"]["behind"])
     return done
+
+
+async def beside_providers(
+    connection: asyncpg.Connection, settings: Settings, was: Origin, since: dt.datetime | None, report: Report
+) -> dict[str, Any]:
+    """What Stripe knows and the shard doesn't, and whether that is nothing (`ok`). Raises StripeUnavailable."""
+    from oncepay.stripe_client import StripeGateway
+
+    since_s = int(since.timestamp()) if since else 0
+    async with StripeGateway(settings.stripe) as stripe:
+        beside = await _beside_stripe(connection, stripe, was, since_s, report)
+        beside |= await _after_stripe(connection, stripe, was, since_s, report)
+    lacks = [beside, beside["refunds"], beside["disputes"]]
+    return {"stripe": beside, "ok": not any(each["missing"] or each["behind"] for each in lacks)}
 
 
 def _meets(first: int, last: int, was: Origin) -> bool:
     return any(first <= end and begin <= last for begin, end in was.ranges)
 
 
-async def _session(etcd: Etcd, settings: Settings, shard: str) -> asyncpg.Connection:
+async def reader_session(etcd: Etcd, settings: Settings, shard: str) -> asyncpg.Connection:
     """In the reader's role, with the shard's leader. Raises ShardUnavailable, NotFound."""
     import asyncpg
 
@@ -122,7 +135,7 @@ async def _beside(
 
     report(f"comparing with {owner}")
     try:
-        other = await _session(etcd, settings, owner)
+        other = await reader_session(etcd, settings, owner)
     except (ShardUnavailable, NotFound) as error:
         return {"owner": owner, "reached": False, "why": str(error)}
     try:
@@ -150,13 +163,13 @@ async def _beside(
 
 
 async def _beside_stripe(
-    connection: asyncpg.Connection, stripe: Any, was: Origin, since: dt.datetime | None, report: Report
+    connection: asyncpg.Connection, stripe: StripeGateway, was: Origin, since: int, report: Report
 ) -> dict[str, Any]:
     from shard.store.compare import unknown_intents
 
     seen, counts, money = 0, Counter[str](), 0
     kept: list[dict[str, Any]] = []
-    async for count, found in unknown_intents(connection, stripe, was.ranges, since=int(since.timestamp()) if since else 0):
+    async for count, found in unknown_intents(connection, stripe, was.ranges, since=since):
         seen += count
         report(f"comparing with Stripe: {seen:,} intents")
         for each in found:
@@ -173,6 +186,25 @@ async def _beside_stripe(
     }
 
 
+async def _after_stripe(
+    connection: asyncpg.Connection, stripe: StripeGateway, was: Origin, since: int, report: Report
+) -> dict[str, Any]:
+    """Refunds and disputes; the payments that are missing are named by themselves."""
+    from shard.store.compare_after import unknown_disputes, unknown_refunds
+
+    found: dict[str, Any] = {}
+    kept: list[dict[str, Any]] = []
+    for name, unknown in (("refunds", unknown_refunds), ("disputes", unknown_disputes)):
+        seen, counts = 0, Counter[str]()
+        async for count, differences in unknown(connection, stripe, was.ranges, since=since):
+            seen += count
+            report(f"comparing with Stripe: {seen:,} {name}")
+            counts.update(each.what for each in differences)
+            kept += [each._asdict() for each in differences[: KEPT_MAX - len(kept)]]
+        found[name] = {"seen": seen, "missing": counts["missing"], "behind": counts["behind"]}
+    return found | {"after": kept}
+
+
 def _say(done: dict[str, Any]) -> None:
     owns = done["owns"] or "nothing"
     click.echo(f"{done['shard']} is {done['of']} up to {done['up_to']}, with {done['payments']:,} payments; it owns {owns}")
@@ -187,5 +219,17 @@ def _say(done: dict[str, Any]) -> None:
     click.echo(f"beside Stripe: {stripe['intents']:,} intents, {lacks}")
     for each in stripe["differences"][:SHOWN_MAX]:
         click.echo(f"  {each['what']}  {each['key']}  {each['intent']}  {each['status']}  {each['amount']:,}")
-    if len(stripe["differences"]) > SHOWN_MAX:
-        click.echo(f"  … {len(stripe['differences']) - SHOWN_MAX:,} more: --output json names them")
+    _more(stripe["differences"])
+    for name in ("refunds", "disputes"):
+        of = stripe[name]
+        click.echo(f"  {of['seen']:,} {name} of payments that are here, {of['missing']:,} missing here, {of['behind']:,} behind")
+    for each in stripe["after"][:SHOWN_MAX]:
+        click.echo(f"  {each['what']}  {each['key']}  {each['id']}  {each['status']}  {each['amount']:,}")
+    _more(stripe["after"])
+    if stripe["after"]:
+        click.echo(f"once {done['shard']} has its slots: oncepay shards adopt {done['shard']}")
+
+
+def _more(differences: list[dict[str, Any]]) -> None:
+    if len(differences) > SHOWN_MAX:
+        click.echo(f"  … {len(differences) - SHOWN_MAX:,} more: --output json names them")

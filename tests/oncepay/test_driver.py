@@ -185,6 +185,36 @@ async def test_a_refund_made_at_stripe_gives_the_fee_back_where_refunds_do(
     assert (rows.balances["platform:fees"], rows.balances["seller:ada:payable"]) == (fees, payable)
 
 
+async def test_a_refund_that_a_restore_has_lost_keeps_its_key(gateway: StripeGateway, client: stripe.StripeClient) -> None:
+    """Adopted under another, it would be made again for a buyer who asks again with the key that it had."""
+    rows, driver = await succeeded(gateway, "lost-refund")
+    restored = rows.row
+    asked = RefundRequested("r1", (Share("ada", 300, 30),), "", rows.row.created_at_ms)
+    await driver.drive(await rows.apply(rows.row, asked, event="test"))
+    rows.row = restored
+    adopted = await driver.look_after(rows.row.key, "refunds", "test")
+    assert adopted is not None
+    assert [(r.key, r.status, r.amount) for r in adopted.progress.refunds] == [("r1", "succeeded", 300)]
+    after = await driver.drive(await rows.apply(adopted, asked, event="test"))
+    assert after.amount_refunded == 300
+    assert not after.open_work
+    assert len((await client.v1.refunds.list_async({"payment_intent": after.intent})).data) == 1
+
+
+@pytest.mark.parametrize("name", ["stripe:re_1", " r1", "refund:x"])
+async def test_a_refund_of_the_dashboard_has_no_key_of_ours(
+    gateway: StripeGateway, client: stripe.StripeClient, name: str
+) -> None:
+    """Whatever somebody writes there: only what a client could have sent is a key."""
+    rows, driver = await succeeded(gateway, f"no-key-{name}")
+    made = await client.v1.refunds.create_async(
+        {"payment_intent": rows.row.intent, "amount": 300, "metadata": {"oncepay_refund": name}}
+    )
+    adopted = await driver.look_after(rows.row.key, "refunds", "test")
+    assert adopted is not None
+    assert [r.key for r in adopted.progress.refunds] == [f"stripe:{made.id}"]
+
+
 async def test_a_refund_whose_key_stripe_has_forgotten_is_looked_for(gateway: StripeGateway, client: stripe.StripeClient) -> None:
     """It was made, its answer was lost, and no one drove it on for two days: a second one must not be made."""
     rows, driver = await succeeded(gateway, "forgotten-refund")
