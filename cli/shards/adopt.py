@@ -12,7 +12,7 @@ import click
 from cli.common import WRONG, handle_errors, output_option
 from cli.deployment import Report, config_option, dry_run_option, reporting, settings_of, shard_argument, with_etcd
 from cli.shards.backups import parse_time
-from cli.shards.compare import beside_providers, reader_session
+from cli.shards.compare import after_stripe, reader_session
 from oncepay.errors import OncepayError, Unavailable, WrongState
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ async def _adopt(
             raise WrongState(f"{shard} was not made from a backup: there is nothing to take in")
         if not dry_run and not await connection.fetchval("select count(*) from oncepay.ranges"):
             raise WrongState(f"{shard} owns nothing: `oncepay shards accept {shard}` first")
-        lacks = (await beside_providers(connection, settings, was, since, report))["stripe"]["after"]
+        async with StripeGateway(settings.stripe) as stripe:
+            since_s = int(since.timestamp()) if since else 0
+            lacks = (await after_stripe(connection, stripe, was, since_s, report))["after"]
     finally:
         connection.terminate()
     wanted = sorted({(each["key"], f"{each['kind']}s") for each in lacks})

@@ -37,8 +37,8 @@ def compare(shard: str, since: str | None, config: str | None, output: str) -> N
     """Compare a shard that was restored from a backup with what etcd, the owners of its slots, and Stripe know.
 
     Names every payment that Stripe has and the shard lacks, or whose outcome it lacks, and the refunds and disputes of its
-    payments that their rows lack; and, where the slots' owner can be asked, what the two have otherwise. Exit code 1 when Stripe
-    knows more than the shard.
+    payments that their rows lack; every payout that Tipalti has after the last one of a seller's that the shard has; and, where
+    the slots' owner can be asked, what the two have otherwise. Exit code 1 when Stripe or Tipalti knows more than the shard.
 
     \b
     Example:
@@ -93,15 +93,17 @@ async def _compare(etcd: Etcd, settings: Settings, shard: str, since: dt.datetim
 async def beside_providers(
     connection: asyncpg.Connection, settings: Settings, was: Origin, since: dt.datetime | None, report: Report
 ) -> dict[str, Any]:
-    """What Stripe knows and the shard doesn't, and whether that is nothing (`ok`). Raises StripeUnavailable."""
+    """What Stripe and Tipalti know and the shard doesn't, and whether that is nothing (`ok`). Raises Unavailable."""
     from oncepay.stripe_client import StripeGateway
 
     since_s = int(since.timestamp()) if since else 0
     async with StripeGateway(settings.stripe) as stripe:
         beside = await _beside_stripe(connection, stripe, was, since_s, report)
-        beside |= await _after_stripe(connection, stripe, was, since_s, report)
+        beside |= await after_stripe(connection, stripe, was, since_s, report)
+    paid = await _beside_tipalti(connection, settings, was, report)
     lacks = [beside, beside["refunds"], beside["disputes"]]
-    return {"stripe": beside, "ok": not any(each["missing"] or each["behind"] for each in lacks)}
+    ok = not any(each["missing"] or each["behind"] for each in lacks) and not (paid["missing"] or paid["left_out"])
+    return {"stripe": beside, "tipalti": paid, "ok": ok}
 
 
 def _meets(first: int, last: int, was: Origin) -> bool:
@@ -186,7 +188,7 @@ async def _beside_stripe(
     }
 
 
-async def _after_stripe(
+async def after_stripe(
     connection: asyncpg.Connection, stripe: StripeGateway, was: Origin, since: int, report: Report
 ) -> dict[str, Any]:
     """Refunds and disputes; the payments that are missing are named by themselves."""
@@ -203,6 +205,20 @@ async def _after_stripe(
             kept += [each._asdict() for each in differences[: KEPT_MAX - len(kept)]]
         found[name] = {"seen": seen, "missing": counts["missing"], "behind": counts["behind"]}
     return found | {"after": kept}
+
+
+async def _beside_tipalti(connection: asyncpg.Connection, settings: Settings, was: Origin, report: Report) -> dict[str, Any]:
+    """Payouts, by their reference codes."""
+    from oncepay.tipalti_client import TipaltiClient
+    from shard.store.compare_payouts import unknown_payouts
+
+    async with TipaltiClient(settings.tipalti) as tipalti:
+        if not tipalti.on:
+            return {"asked": False, "sellers": 0, "looked_up": 0, "left_out": 0, "missing": 0, "payouts": []}
+        report("comparing with Tipalti")
+        found = await unknown_payouts(connection, tipalti, was.ranges)
+    kept = [each._asdict() for each in found.missing[:KEPT_MAX]]
+    return {"asked": True, **found._asdict(), "missing": len(found.missing), "payouts": kept}
 
 
 def _say(done: dict[str, Any]) -> None:
@@ -228,6 +244,19 @@ def _say(done: dict[str, Any]) -> None:
     _more(stripe["after"])
     if stripe["after"]:
         click.echo(f"once {done['shard']} has its slots: oncepay shards adopt {done['shard']}")
+    _say_payouts(done["tipalti"])
+
+
+def _say_payouts(paid: dict[str, Any]) -> None:
+    if not paid["asked"]:
+        click.echo("there is no Tipalti: payouts were not compared")
+        return
+    click.echo(f"beside Tipalti: {paid['sellers']:,} sellers' payouts, {paid['missing']:,} missing here")
+    for each in paid["payouts"][:SHOWN_MAX]:
+        click.echo(f"  missing  {each['key']}  {each['payment']}  {each['status']}  {each['amount']:,}")
+    _more(paid["payouts"])
+    if paid["left_out"]:
+        click.echo(f"  {paid['left_out']:,} sellers' payouts were not all asked for: there are too many")
 
 
 def _more(differences: list[dict[str, Any]]) -> None:
