@@ -11,6 +11,7 @@ from aggregator.positions import Reader
 from aggregator.runs import Runs
 from aggregator.schedule import Scheduler, parse_schedule
 from oncepay.errors import EtcdUnavailable
+from oncepay.payout_hold import check_not_held
 from oncepay.service import Service
 from oncepay.tipalti_client import TipaltiClient
 from shard.store.payouts import PayoutStore
@@ -27,7 +28,7 @@ async def payouts(service: Service, reader: Reader) -> AsyncIterator[Shards]:
     shards = Shards(service.etcd, settings, role=ROLE, password=settings.postgres.aggregator_password, actor=service.name)
     async with TipaltiClient(settings.tipalti) as tipalti:
         store = PayoutStore(shards, service.name)
-        runs = Runs(reader, shards, store, tipalti, settings.payouts)
+        runs = Runs(reader, shards, store, tipalti, settings.payouts, lambda: check_not_held(service.etcd))
         PayoutCalls(reader, store, runs, auth=settings.auth).register(service)
         service.spawn(_watch(shards), "shards")
         if tipalti.on:

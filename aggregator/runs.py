@@ -4,6 +4,7 @@ What keeps a seller from being paid twice or too much, whoever runs, dies or is 
 - every shard's position is taken first, also of one that owns nothing any more, and the balances are read when the aggregator
   has applied all up to there;
 - a payout's sequence follows the last one whose entry those very balances hold, and a sequence is made once, by its key;
+- no run is made while a restored shard holds them (`oncepay.payout_hold`), asked at the beginning and before rows are made;
 - rows are taken only for FRESH_S by the clock of the shard that holds them, so a run that was frozen makes nothing late.
 """
 
@@ -13,7 +14,7 @@ import datetime as dt
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import asyncpg
@@ -62,23 +63,37 @@ class Rows(Protocol):
     async def make(self, payouts: Sequence[Payout], not_after: Mapping[str, dt.datetime]) -> Mapping[str, str]: ...
 
 
+async def _nothing_holds() -> None:
+    pass
+
+
 class Runs:
-    """Makes payout runs."""
+    """Makes payout runs. `check_not_held` raises when none may be made now."""
 
     def __init__(
-        self, reader: Reader, shards: Shards, store: PayoutStore, tipalti: TipaltiClient, settings: PayoutSettings
+        self,
+        reader: Reader,
+        shards: Shards,
+        store: PayoutStore,
+        tipalti: TipaltiClient,
+        settings: PayoutSettings,
+        check_not_held: Callable[[], Awaitable[None]] = _nothing_holds,
     ) -> None:
         self._reader = reader
         self._shards = shards
         self._store: Rows = store
         self._tipalti = tipalti
         self._settings = settings
+        self._check_not_held = check_not_held
         self._busy = False
 
     async def run(
         self, created_by: str, *, dry_run: bool = False, currency: str | None = None, sellers: Sequence[str] | None = None
     ) -> RunView:
-        """Make a run; what it made and what it held. Raises PositionNotReached when a feed is behind: nothing was made."""
+        """Make a run; what it made and what it held.
+
+        Raises PositionNotReached when a feed is behind, PayoutsHeld when runs are held: nothing was made.
+        """
         if self._busy:
             raise RunUnderWay
         self._busy = True
@@ -89,6 +104,8 @@ class Runs:
 
     async def _run(self, created_by: str, *, dry_run: bool, currency: str | None, sellers: Sequence[str] | None) -> RunView:
         name = f"run-{uuid.uuid4().hex[:16]}"
+        if not dry_run:
+            await self._check_not_held()
         # In this order: an inquiry that takes the money meanwhile is held and deducted, and never neither.
         inquiries = sums_of_inquiries(await self._store.disputed())
         moments = await self._store.moments()
@@ -100,6 +117,7 @@ class Runs:
         made, held = await self._proposals(name, created_by, owed, inquiries, positions)
         if not dry_run and made:
             limits = {shard: moment.now + dt.timedelta(seconds=FRESH_S) for shard, moment in moments.items()}
+            await self._check_not_held()
             outcomes = await self._store.make(made, limits)
             held += [Held(p.seller, p.currency, p.amount, outcomes[p.key], p.key) for p in made if outcomes[p.key] != "made"]
             made = [payout for payout in made if outcomes[payout.key] == "made"]

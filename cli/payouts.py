@@ -13,10 +13,13 @@ from urllib.parse import quote
 import click
 
 from cli.common import handle_errors, home, output_option
+from cli.deployment import config_option, settings_of, with_etcd
 from oncepay.errors import OncepayError, Unavailable
 
 if TYPE_CHECKING:
     import aiohttp
+
+    from oncepay.etcd import Etcd
 
 T = TypeVar("T")
 
@@ -234,6 +237,39 @@ def book(key: str, reference: str, url: str | None, api_key_file: Path | None, d
       oncepay payouts book payout:records-4:usd:7 --reference WIRE-20391
     """
     _command(key, "book", {"reference": reference}, url, api_key_file, dry_run, output)
+
+
+@payouts.command()
+@click.argument("shard")
+@click.option("--dry-run", is_flag=True, help="Only show what holds payout runs.")
+@config_option
+@output_option
+@handle_errors
+def release(shard: str, dry_run: bool, config: str | None, output: str) -> None:
+    """Let payout runs be made again that `oncepay shards accept SHARD` holds, when what the shard lacked was worked off.
+
+    \b
+    Example:
+      oncepay shards compare s9
+      oncepay payouts release s9
+    """
+    from oncepay import payout_hold
+
+    async def work(etcd: Etcd) -> tuple[bool, list[payout_hold.Hold]]:
+        found = await payout_hold.holds(etcd)
+        if dry_run:
+            return any(each.shard == shard for each in found), found
+        return await payout_hold.release(etcd, shard), [each for each in found if each.shard != shard]
+
+    was_held, left = with_etcd(settings_of(config), work)
+    if output == "json":
+        held = [{"shard": each.shard, "why": each.why, "since": each.since.isoformat()} for each in left]
+        click.echo(json.dumps({"shard": shard, "released": was_held and not dry_run, "held": held, "dry_run": dry_run}))
+        return
+    if not dry_run:
+        click.echo(f"{shard} holds payout runs no more" if was_held else f"{shard} held no payout runs")
+    for each in left:
+        click.echo(f"held by {each.shard} since {each.since:%Y-%m-%d %H:%M} UTC: {each.why}")
 
 
 def _command(key: str, name: str, body: object, url: str | None, api_key_file: Path | None, dry_run: bool, output: str) -> None:

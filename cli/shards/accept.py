@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.common import handle_errors, home, output_option
 from cli.deployment import Report, dry_run_option, end_on_terminate, reporting, shard_argument, with_etcd
+from cli.shards.backups import parse_time
+from cli.shards.compare import beside_providers, reader_session
 from cli.shards.grow import StillNeeded, named_in
-from oncepay.errors import EtcdUnavailable, NotFound, ShardUnavailable, WrongState
+from oncepay.errors import EtcdUnavailable, NotFound, OncepayError, ShardUnavailable, WrongState
 
 if TYPE_CHECKING:
+    import datetime as dt
+
     import asyncpg
 
     from deploy.local.bring_up import Progress
@@ -26,14 +31,18 @@ Ranges = list[tuple[int, int]]
 @click.command(short_help="Let a restored shard take the place of the one that was lost.")
 @shard_argument
 @click.option("--yes", is_flag=True, help="Don't ask.")
+@click.option("--since", help="Compare with what Stripe made since then (ISO 8601). By default with all.")
 @dry_run_option
 @output_option
 @handle_errors
-def accept(shard: str, yes: bool, dry_run: bool, output: str) -> None:
+def accept(shard: str, yes: bool, since: str | None, dry_run: bool, output: str) -> None:
     """Give a restored shard the slots of the shard that it was, whose nodes are lost for good, and let its workers begin.
 
     It is refused while any node of the lost shard is in touch with etcd. Compare it first (`oncepay shards compare NAME`): what
     it doesn't have was acknowledged and is lost. Remove the lost shard afterwards, so that its nodes never come back.
+
+    Payout runs are held from then on. When the shard works it is compared with Stripe and Tipalti: if they know no more than it,
+    runs are free again, else they wait for `oncepay payouts release NAME`.
 
     \b
     Example:
@@ -45,6 +54,7 @@ def accept(shard: str, yes: bool, dry_run: bool, output: str) -> None:
     from deploy.local import Cluster
 
     end_on_terminate()
+    moment = parse_time(since) if since else None
     cluster = Cluster(home())
     cluster.check_shard(shard)
     settings = cluster.settings
@@ -60,15 +70,60 @@ def accept(shard: str, yes: bool, dry_run: bool, output: str) -> None:
             def on_progress(progress: Progress) -> None:
                 report(f"waiting for {', '.join(progress.left)}" if progress.left else "settling")
 
+            until_s = time.time()
             done.update(with_etcd(settings, lambda etcd: _take_over(etcd, settings, shard, False, report)))
             report(f"starting the workers of {shard}")
             cluster.accept_shard(shard, on_progress=on_progress)
+            done.update(with_etcd(settings, lambda etcd: checked(etcd, settings, shard, moment, until_s, report)))
     if output == "json":
         click.echo(json.dumps(done))
     else:
         takes = "would take" if dry_run else "has taken"
         click.echo(f"{shard} {takes} the place of {done['of']} in version {done['map_version']} of the map")
+        if done.get("payouts_held"):
+            click.echo(f"payout runs are held: {done['payouts_held']}")
+            click.echo(f"first: oncepay shards compare {shard}; oncepay shards adopt {shard}")
         click.echo(f"next: oncepay shards resnapshot {shard}; oncepay shards remove {done['of']} --dead; oncepay verify")
+        if done.get("payouts_held"):
+            click.echo(f"when all of the list was worked off: oncepay payouts release {shard}")
+
+
+async def checked(
+    etcd: Etcd, settings: Settings, shard: str, since: dt.datetime | None, until_s: float, report: Report
+) -> dict[str, Any]:
+    """What Stripe and Tipalti know beyond the shard; runs are held unless that is nothing. `payouts_held` is why they are."""
+    from oncepay.payout_hold import hold, release
+    from shard.store.restored import origin
+
+    lacks: dict[str, Any] = {}
+    try:
+        connection = await reader_session(etcd, settings, shard)
+        try:
+            was = await origin(connection)
+            assert was is not None
+            lacks = await beside_providers(connection, settings, was, since, report, until_s)
+        finally:
+            connection.terminate()
+    except OncepayError as error:
+        why = f"{shard} couldn't be compared with Stripe and Tipalti: {error}"
+    else:
+        why = "" if lacks["ok"] else said(lacks)
+    if why:
+        await hold(etcd, shard, why)
+    else:
+        await release(etcd, shard)
+    return {"payouts_held": why or None, "lacks": lacks or None}
+
+
+def said(lacks: dict[str, Any]) -> str:
+    """How much of what the shard doesn't have."""
+    stripe, tipalti = lacks["stripe"], lacks["tipalti"]
+    kinds = {"payments": stripe, "refunds": stripe["refunds"], "disputes": stripe["disputes"]}
+    parts = [f"{of['missing']:,} {name} are missing" for name, of in kinds.items() if of["missing"]]
+    parts += [f"of {of['behind']:,} {name} Stripe knows more" for name, of in kinds.items() if of["behind"]]
+    parts += [f"{tipalti['missing']:,} payouts are missing"] if tipalti["missing"] else []
+    parts += [f"{tipalti['left_out']:,} sellers' payouts weren't asked for"] if tipalti["left_out"] else []
+    return ", ".join(parts)
 
 
 async def _take_over(etcd: Etcd, settings: Settings, shard: str, dry_run: bool, report: Report) -> dict[str, Any]:
@@ -76,6 +131,7 @@ async def _take_over(etcd: Etcd, settings: Settings, shard: str, dry_run: bool, 
     import msgspec
 
     from oncepay.etcd import Put, mod_revision_is
+    from oncepay.payout_hold import hold
     from oncepay.shardmap import MAP_KEY, SHARDS_PREFIX, Range, ShardMap, is_removing
     from shard.store.restored import origin
 
@@ -101,6 +157,7 @@ async def _take_over(etcd: Etcd, settings: Settings, shard: str, dry_run: bool, 
             raise WrongState(f"{shard} owns {owned} already, and {was.of_shard} has {ranges} in the map: see `oncepay doctor`")
         version = known.version + 1
         if not dry_run:
+            await hold(etcd, shard, "it took a lost shard's place, and wasn't compared with Stripe and Tipalti since")
             report(f"giving {shard} its slots")
             if not owned:
                 await _own(connection, ranges, version)

@@ -16,6 +16,7 @@ from oncepay.cart import Item, Share
 from oncepay.errors import SettingsError, ShardUnavailable
 from oncepay.payment import Dispute, Key, Payment, Progress, Status, Terms
 from oncepay.payout import GIVEN_BACK, PaymentView, Payout, PayoutStatus
+from oncepay.payout_hold import PayoutsHeld
 from oncepay.payout_moves import PaymentSeen, SubmissionStarted, move
 from oncepay.settings import PayoutSettings
 from shard.store.payouts import PayoutStore
@@ -229,6 +230,16 @@ def test_an_inquiry_holds_its_amount_by_the_sellers_shares() -> None:
     withdrawn = Dispute("du_4", "needs_response", 2_000, booked=("txn_2",))
     assert sums_of_inquiries([disputed(*over, withdrawn)]) == {}
     assert sums_of_inquiries([disputed(inquiry), disputed(inquiry)])["ann", "usd"] == 3_000
+
+
+async def test_a_run_that_is_held_reads_and_makes_nothing() -> None:
+    async def held() -> None:
+        raise PayoutsHeld("s9: 1 refunds are missing")
+
+    nothing: Any = None
+    runs = Runs(nothing, nothing, nothing, nothing, SETTINGS, held)
+    with pytest.raises(PayoutsHeld, match="refunds"):
+        await runs.run("ann")
 
 
 async def test_inquiries_are_read_before_the_positions() -> None:

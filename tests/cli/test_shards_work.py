@@ -15,6 +15,7 @@ from cli.doctor import doctor
 from cli.doctor.services import judge as judge_metrics
 from cli.doctor.shards import judge as judge_shard
 from cli.shards import grow, shards
+from cli.shards.accept import said
 from cli.shards.grow import named_in
 from deploy.local import Cluster
 from deploy.local.supervisor import Supervisor
@@ -189,6 +190,18 @@ def test_doctor_judges_a_shard(members: dict[str, Any], words: str | None) -> No
 def test_doctor_judges_metrics(metrics: str, words: str | None) -> None:
     found = list(judge_metrics("worker-s0-1", metrics))
     assert [words in finding.what for finding in found] == ([True] if words else []) if words else found == []
+
+
+def test_what_a_restored_shard_lacks_is_said_in_one_line() -> None:
+    """Each kind that holds payout runs."""
+    nothing = {"missing": 0, "behind": 0}
+    stripe = {"missing": 2, "behind": 1, "refunds": {"missing": 1, "behind": 0}, "disputes": {"missing": 0, "behind": 3}}
+    lacks = {"stripe": stripe, "tipalti": {"missing": 4, "left_out": 5}}
+    assert said(lacks) == (
+        "2 payments are missing, 1 refunds are missing, of 1 payments Stripe knows more, of 3 disputes Stripe knows more, "
+        "4 payouts are missing, 5 sellers' payouts weren't asked for"
+    )
+    assert said({"stripe": nothing | {"refunds": nothing, "disputes": nothing}, "tipalti": {"missing": 0, "left_out": 0}}) == ""
 
 
 def test_a_move_that_is_not_over_holds_its_shards() -> None:

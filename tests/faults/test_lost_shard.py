@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import json
 import os
 from collections.abc import AsyncIterator
@@ -76,6 +77,7 @@ async def test_a_restored_shard_takes_the_place_of_a_lost_one(lonely: Cluster) -
         assert planned["ranges"] == [[0, 65_535]]
         accepted = await run(lonely, "shards", "accept", "s5", "--yes")
         assert accepted["map_version"] == planned["map_version"]
+        assert accepted["payouts_held"] is None, "it lacks nothing"
         acknowledged = witness.acknowledged()
         assert len(acknowledged) == 20
         again = await witness.read_again(list(acknowledged))
@@ -85,5 +87,45 @@ async def test_a_restored_shard_takes_the_place_of_a_lost_one(lonely: Cluster) -
     await run(lonely, "shards", "remove", "s0", "--dead", "--yes")
     assert [shard["name"] for shard in (await run(lonely, "shards", "list"))["shards"]] == ["s5"]
     await run(lonely, "shards", "resnapshot", "s5")
+    verified = await run(lonely, "verify")
+    assert verified["ok"], verified["differences"]
+
+
+async def test_a_refund_that_was_lost_holds_payout_runs_until_it_is_taken_in(lonely: Cluster) -> None:
+    async with Witness(lonely.status()) as witness:
+        await pay(witness, 2)
+        key = next(iter(witness.acknowledged()))
+        await run(lonely, "shards", "backup", "s0")
+        await asyncio.sleep(1.5)  # a moment of the log that is between two commits for sure
+        moment = dt.datetime.now(dt.UTC)
+        await asyncio.sleep(1.5)
+        refunded = await run(lonely, "payments", "refund", key, "--amount", "300", "--name", "r1")
+        assert refunded["amount_refunded"] == 300
+        await run(lonely, "shards", "backup", "s0", "--log-only")
+    await lose(lonely)
+    await run(lonely, "shards", "restore", "s0", "--as", "s5", "--to-time", moment.isoformat())
+    compared = await run(lonely, "shards", "compare", "s5", code=WRONG)
+    [missing] = compared["stripe"]["after"]
+    assert (missing["what"], missing["kind"], missing["key"], missing["amount"]) == ("missing", "refund", key, 300)
+    assert not compared["stripe"]["differences"]
+    assert compared["tipalti"]["asked"]
+
+    accepted = await run(lonely, "shards", "accept", "s5", "--yes")
+    assert accepted["payouts_held"] == "1 refunds are missing"
+    held = await run(lonely, "payouts", "run", code=WRONG)
+    assert "payouts release s5" in held["error"]["detail"]
+    assert (await run(lonely, "payments", "show", key))["amount_refunded"] == 0, "nobody takes it in by himself"
+    adopted = await run(lonely, "shards", "adopt", "s5")
+    assert (adopted["payments"], adopted["left"]) == (1, [])
+    shown = await run(lonely, "payments", "show", key)
+    assert [(each["key"], each["amount"]) for each in shown["refunds"]] == [("r1", 300)]
+    assert (await run(lonely, "shards", "compare", "s5"))["ok"]
+    again = await run(lonely, "payments", "refund", key, "--amount", "300", "--name", "r1")
+    assert again["amount_refunded"] == 300
+
+    await run(lonely, "shards", "remove", "s0", "--dead", "--yes")
+    await run(lonely, "shards", "resnapshot", "s5")
+    assert (await run(lonely, "payouts", "release", "s5"))["released"]
+    await run(lonely, "payouts", "run")
     verified = await run(lonely, "verify")
     assert verified["ok"], verified["differences"]
