@@ -107,12 +107,12 @@ class Network:
         ours = {self.namespace(shard, node) for node in range(NODES_PER_SHARD)}
         for name in self.namespaces():
             if name in ours:
-                _ip([f"netns del {name}"])
+                _delete(name)
 
     def remove(self) -> None:
         """Delete what there is of it. Nothing may run in the namespaces any more."""
         for name in self.namespaces():
-            _ip([f"netns del {name}"])
+            _delete(name)
         if os.path.exists(f"/sys/class/net/{self.bridge}"):
             _ip([f"link del {self.bridge}"])
 
@@ -148,6 +148,18 @@ class Network:
     def _peers(self, own: str) -> list[str]:
         others = [name for name in self.namespaces() if name != own]
         return [self.host, *(self.address(int(name[-2]), int(name[-1])) for name in others)]
+
+
+def _delete(name: str) -> None:
+    """Delete a namespace, its cable first: the kernel takes that away some time after the namespace. Raises NetworkFailed."""
+    own = f"/sys/class/net/{name}"
+    if os.path.exists(own):
+        try:
+            _ip([f"link del {name}"])
+        except NetworkFailed:
+            if os.path.exists(own):
+                raise
+    _ip([f"netns del {name}"])
 
 
 def _nowhere(address: str, device: str) -> str:
