@@ -6,16 +6,12 @@ others are up. So the furthest one is started first, alone. Whoever acknowledged
 
 from __future__ import annotations
 
-import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from deploy.backup import position
+from deploy import replay
 from oncepay.errors import OncepayError
-
-SEGMENT = re.compile(r"[0-9A-F]{24}")
 
 
 class NoLog(OncepayError):
@@ -33,14 +29,10 @@ class LogEnd(NamedTuple):
 
 def log_end(data_dir: Path, bin_dir: Path) -> LogEnd:
     """Where the log of a stopped node ends, whether or not it was replayed. Raises NoLog."""
-    segments = sorted((path for path in (data_dir / "pg_wal").glob("*") if SEGMENT.fullmatch(path.name)), reverse=True)
-    for segment in segments:  # segments that are kept for later use hold old pages, and show no record
-        done = subprocess.run(
-            [bin_dir / "pg_waldump", str(segment)], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-        )
-        if records := re.findall(r"lsn: ([0-9A-F]+/[0-9A-F]+),", done.stdout):
-            return LogEnd(int(segment.name[:8], 16), position(records[-1]))
-    raise NoLog(f"{data_dir} holds no log that can be read")
+    found = replay.log_end(str(data_dir), str(bin_dir))
+    if found is None:
+        raise NoLog(f"{data_dir} holds no log that can be read")
+    return LogEnd(*found)
 
 
 def furthest(ends: Mapping[str, LogEnd]) -> str:

@@ -11,6 +11,8 @@ A wrapper that comes after one that was killed first ends what that one left.
 
 A leader whose disk is nearly full gives way while its Postgres can still stop properly: Patroni doesn't see a full disk, and
 would let it lead on while no payment can be written.
+
+A node that was not stopped properly neither leads nor votes until it has replayed its own log (`deploy/replay.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import stat
 import sys
 import time
 
-from deploy import processes
+from deploy import processes, replay
 
 PR_SET_CHILD_SUBREAPER = 36
 STOP_S = 20.0
@@ -87,6 +89,7 @@ class Wrapper:
         self.name = os.environ[processes.PROCESS_ENV]
         self.command = command
         self.beat = Beat(timeout_s)
+        self.hold = replay.Hold(os.path.join(self.folder, "watchdog"), command[-1], self.data_dir, self.say)
         self.patroni = 0
         self.patroni_status: int | None = None
         self.disk_look_s = 0.0
@@ -221,6 +224,7 @@ class Wrapper:
         self.make_marker()
         self.mount_small_disk()
         wakeup = self._signals()
+        self.hold.begin(time.monotonic())
         self.start()
         poller = select.poll()
         poller.register(pipe, select.POLLIN)
@@ -244,6 +248,7 @@ class Wrapper:
             if self.stop_deadline_s is None and self.is_to_give_way(now_s):
                 self.say("the disk is nearly full: this leader gives way")
                 self._stop()
+            self.hold.look(now_s)
             for descriptor, _ in poller.poll(self._wait_ms(now_s)):
                 if descriptor == pipe:
                     self.beat.feed(self._read(pipe), time.monotonic())
@@ -255,7 +260,7 @@ class Wrapper:
         return deadline_s is not None and now_s >= deadline_s
 
     def _wait_ms(self, now_s: float) -> int | None:
-        deadlines = [each for each in (self.beat.deadline_s, self.stop_deadline_s) if each is not None]
+        deadlines = [each for each in (self.beat.deadline_s, self.stop_deadline_s, self.hold.look_s) if each is not None]
         return max(0, int((min(deadlines) - now_s) * 1000) + 1) if deadlines else None
 
     @staticmethod

@@ -1,0 +1,78 @@
+"""All nodes of a shard lose their power at once, and the one that acknowledged the last commits is slow to replay its log."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+from contextlib import suppress
+
+import pytest
+
+from cli.up import hooks
+from deploy.local import Cluster
+from deploy.local.faults import Hands
+from oncepay.client import Oncepay
+from oncepay.keys import slot
+from tests.shard.store.trouble import NODES, SHARD, receivers
+
+pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(420)]
+
+DELAY_S = 75
+"""More than the payments take, the lease of the leader that is gone (20 s), and the start of two nodes."""
+PAYMENTS = 12
+
+
+def keys() -> list[str]:
+    prefix = f"cut-{os.urandom(6).hex()}"
+    tried = (f"{prefix}-{number}" for number in itertools.count())
+    return list(itertools.islice((key for key in tried if slot(key) < 32_768), PAYMENTS))
+
+
+def delay_replay(cluster: Cluster, hands: Hands, node: str, delay: str) -> None:
+    """Have the node replay each commit so long after it was made, by its Patroni's configuration; "": at once."""
+    path = cluster.layout.node(node) / "patroni.yml"
+    config = json.loads(path.read_text())
+    if delay:
+        config["postgresql"]["recovery_conf"] = {"recovery_min_apply_delay": delay}
+    else:
+        config["postgresql"].pop("recovery_conf", None)
+    path.write_text(json.dumps(config))
+    os.kill(hands.patroni_pid(node), signal.SIGHUP)
+
+    def is_so() -> bool:
+        with suppress(Exception):  # it starts, or has become the leader
+            ((leads, found),) = hands.query(node, "select not pg_is_in_recovery(), current_setting('recovery_min_apply_delay')")
+            return bool(leads) or (found == "0") is (not delay)
+        return False
+
+    hands.until(is_so, f"{node} replays as it is told", 60, 0.2)
+
+
+async def test_who_lacks_acknowledged_commits_is_not_elected_while_another_replays_them(cluster: Cluster) -> None:
+    hands = Hands(cluster, SHARD, hooks(cluster))
+    await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole before", 120, 0.5)
+    status = await asyncio.to_thread(cluster.status)
+    slow, behind = await asyncio.to_thread(hands.standbys)
+    programs = {name: f"node-{name}" for name in NODES}
+    await asyncio.to_thread(delay_replay, cluster, hands, slow, f"{DELAY_S}s")
+    try:
+        (receiver,) = await receivers(cluster, [behind])
+        receiver.send_signal(signal.SIGSTOP)
+        async with Oncepay(router=status.urls["router"], api_key=status.api_key) as client:
+            items = [{"seller": "s", "amount": 900}]
+            told = await asyncio.gather(*(client.pay(key, buyer="b", currency="usd", items=items, wait_s=0) for key in keys()))
+        await asyncio.to_thread(hands.take_down, list(programs.values()))
+        await asyncio.to_thread(hands.bring_up, [programs[slow], programs[behind]])
+        await asyncio.to_thread(hands.until, lambda: hands.view().leader in (slow, behind), "a standby leads", 180, 0.5)
+        assert hands.view().leader == slow
+        async with Oncepay(router=status.urls["router"], api_key=status.api_key) as client:
+            found = await asyncio.gather(*(client.get(payment.key) for payment in told))
+            assert [payment.key for payment in found] == [payment.key for payment in told]
+    finally:
+        states = cluster.supervisor().states()
+        await asyncio.to_thread(hands.bring_up, [program for program in programs.values() if states[program].pid == 0])
+        await asyncio.to_thread(delay_replay, cluster, hands, slow, "")
+        await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole again", 180, 0.5)
