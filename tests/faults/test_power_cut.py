@@ -1,4 +1,4 @@
-"""All nodes of a shard lose their power at once, and the one that acknowledged the last commits is slow to replay its log."""
+"""All nodes of a shard lose their power at once, or its leader dies far ahead: who is elected then, and that somebody is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 from contextlib import suppress
 
+import psutil
 import pytest
 
 from cli.up import hooks
@@ -23,6 +24,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(420)]
 DELAY_S = 75
 """More than the payments take, the lease of the leader that is gone (20 s), and the start of two nodes."""
 PAYMENTS = 12
+AHEAD_MB = 40
+TOLD_S = 8.0
+"""Patroni tells the others every 3 s how far the leader is."""
 
 
 def keys() -> list[str]:
@@ -75,4 +79,29 @@ async def test_who_lacks_acknowledged_commits_is_not_elected_while_another_repla
         states = cluster.supervisor().states()
         await asyncio.to_thread(hands.bring_up, [program for program in programs.values() if states[program].pid == 0])
         await asyncio.to_thread(delay_replay, cluster, hands, slow, "")
+        await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole again", 180, 0.5)
+
+
+async def test_a_leader_that_dies_far_ahead_of_what_was_acknowledged_is_followed(cluster: Cluster) -> None:
+    """What waits for no quorum (an index that is built, a move's backlog) may be far more log than standbys have."""
+    hands = Hands(cluster, SHARD, hooks(cluster))
+    await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole before", 120, 0.5)
+    leader = await asyncio.to_thread(hands.leader)
+    standbys = await asyncio.to_thread(hands.standbys)
+    frozen = await receivers(cluster, standbys)
+    try:
+        for process in frozen:
+            process.send_signal(signal.SIGSTOP)
+        fill = f"select pg_logical_emit_message(false, 'filled', repeat('x', 1000000)) from generate_series(1, {AHEAD_MB})"
+        await asyncio.to_thread(hands.query, leader, fill)
+        await asyncio.sleep(TOLD_S)
+        await asyncio.to_thread(hands.take_down, [f"node-{leader}"])
+    finally:
+        for process in frozen:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+    try:
+        await asyncio.to_thread(hands.until, lambda: hands.another_leads(leader), "a standby leads", 60, 0.5)
+    finally:
+        await asyncio.to_thread(hands.bring_up, [f"node-{leader}"])
         await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole again", 180, 0.5)
