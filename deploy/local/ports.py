@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from deploy.local.errors import PortTaken
@@ -135,13 +139,60 @@ def check_free(ports: Iterable[Port]) -> None:
     raise PortTaken("; ".join(lines) + ". Stop it, or choose other ports with ONCEPAY_PORT_BASE.")
 
 
-def free_base(first: int = 20_000, last: int = 32_000) -> int:
-    """A base whose whole span is free, below the ports that the kernel hands out. Raises PortTaken."""
+_ours: set[int] = set()
+"""The ports that this process has claimed."""
+
+
+@cache
+def _claims() -> int:
+    """A file of this user, of which a process locks byte `n` while port `n` is its own. Open until the process ends: closing
+    any descriptor of it would drop the locks (POSIX, fcntl)."""
+    path = os.path.join(tempfile.gettempdir(), f"oncepay-ports-{os.getuid()}")
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def claim(first: int, count: int = 1) -> bool:
+    """Whether `count` ports from `first` are free and from now on this process's, among those who ask here.
+
+    Between the look at a port and the moment when its server listens, seconds later, another process that looks finds it free
+    too. A claim ends with its process. Fork doesn't pass it on.
+    """
+    ports = range(first, first + count)
+    if not _ours.isdisjoint(ports):
+        return False
+    try:
+        fcntl.lockf(_claims(), fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
+    except OSError:
+        return False
+    if not all(is_free(port) for port in ports):
+        fcntl.lockf(_claims(), fcntl.LOCK_UN, count, first)
+        return False
+    _ours.update(ports)
+    return True
+
+
+SINGLE_PORTS = range(12_000, 20_000)
+BASES = range(20_000, 32_000 - SPAN, SPAN)
+
+
+def free_port() -> int:
+    """A port that no other caller gets while this process lives, out of another range than the bases'. Raises PortTaken.
+
+    It lies below the range from which the kernel takes ports for outgoing connections: else a client that keeps trying to
+    reach a stopped server can be given that very port, and the server can't start again.
+    """
+    return _first_claimed(SINGLE_PORTS, 1)
+
+
+def free_base() -> int:
+    """A base whose whole span is free and this process's, below the ports that the kernel hands out. Raises PortTaken."""
+    return _first_claimed(BASES, SPAN)
+
+
+def _first_claimed(among: range, count: int) -> int:
     import random
 
-    bases = list(range(first, last - SPAN, SPAN))
-    random.shuffle(bases)
-    for base in bases:
-        if all(is_free(port) for port in range(base, base + SPAN)):
-            return base
-    raise PortTaken(f"no {SPAN} free ports in a row between {first} and {last}")
+    for first in random.sample(among, len(among)):
+        if claim(first, count):
+            return first
+    raise PortTaken(f"no {count} free ports in a row between {among.start} and {among.stop}")

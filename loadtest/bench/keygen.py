@@ -29,8 +29,9 @@ import psutil
 import uvloop
 from msgspec import structs
 
+from deploy.local.ports import free_port
 from loadtest.bench.http_load import load
-from loadtest.processes import Child, EtcdMembers, free_port, keygen, postgres, running, until_answers, write_settings
+from loadtest.processes import Child, EtcdMembers, keygen, postgres, running, until_answers, write_settings
 from oncepay.apikeys import ApiKey, digest, new_key
 from oncepay.etcd import Etcd
 from oncepay.settings import EtcdSettings, Settings

@@ -2,11 +2,25 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from deploy.local.errors import PortTaken
-from deploy.local.ports import MAX_SHARDS, NODES_PER_SHARD, SPAN, Port, Ports, check_free, free_base
+from deploy.local.ports import (
+    BASES,
+    MAX_SHARDS,
+    NODES_PER_SHARD,
+    SINGLE_PORTS,
+    SPAN,
+    Port,
+    Ports,
+    check_free,
+    claim,
+    free_base,
+    free_port,
+)
 
 
 def all_ports(ports: Ports) -> list[int]:
@@ -67,3 +81,33 @@ def test_a_shared_listener_counts_as_taken() -> None:
 
 def test_a_free_base_is_below_the_ports_that_the_kernel_hands_out() -> None:
     assert free_base() + SPAN <= 32_768
+
+
+def test_no_two_processes_are_given_the_same_ports() -> None:
+    """Another process that looks before the first one's server listens."""
+    port, base = free_port(), free_base()
+    program = f"""
+from deploy.local.ports import SPAN, claim
+print(claim({port}), claim({base}, SPAN), claim({base} + SPAN - 1), claim({base} - SPAN, 2 * SPAN))
+"""
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert asked.stdout.split() == ["False"] * 4
+    assert not claim(port)
+    assert not claim(base + 1)
+
+
+def test_a_claim_ends_with_its_process() -> None:
+    program = "from deploy.local.ports import free_port; print(free_port())"
+    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert claim(int(made.stdout))
+
+
+def test_a_port_that_somebody_listens_on_is_not_claimed() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        assert not claim(listener.getsockname()[1])
+
+
+def test_single_ports_are_of_another_range_than_bases() -> None:
+    assert SINGLE_PORTS.stop <= BASES.start
