@@ -94,6 +94,8 @@ class Wrapper:
         self.patroni_status: int | None = None
         self.disk_look_s = 0.0
         self.stop_deadline_s: float | None = None
+        self.again = False
+        """Whether this process ends for another one to take its place."""
 
     def say(self, text: str) -> None:
         try:
@@ -249,6 +251,10 @@ class Wrapper:
                 self.say("the disk is nearly full: this leader gives way")
                 self._stop()
             self.hold.look(now_s)
+            if self.hold.given_up and self.stop_deadline_s is None:
+                self.say("Patroni has no watchdog, since it wanted it too early: starting this node again")
+                self.again = True
+                self._stop()
             for descriptor, _ in poller.poll(self._wait_ms(now_s)):
                 if descriptor == pipe:
                     self.beat.feed(self._read(pipe), time.monotonic())
@@ -287,7 +293,7 @@ class Wrapper:
         self.kill_all()
         self.reap()
         if self.stop_deadline_s is not None:
-            return 0
+            return int(self.again)
         self.say(f"Patroni ended (wait status {self.patroni_status}): Postgres was killed")
         return 1
 

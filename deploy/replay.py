@@ -6,6 +6,9 @@ acknowledged commits could be elected with its vote. So the watchdog's pipe has 
 the log is replayed to the end, or a leader is followed: a Patroni that must have a watchdog and finds none takes no part in
 elections.
 
+A node that led isn't concerned: its Patroni has it replay everything before it answers. Nor may it be held: such a Patroni may
+still own the leader's lease, would try the watchdog for it, and never again after it found none.
+
 Without the packages of the virtual environment: the wrapper of a node uses it.
 """
 
@@ -22,8 +25,8 @@ SEGMENT = re.compile(r"[0-9A-F]{24}")
 LOOK_S = 0.5
 ANSWER_S = 1.0
 HELD = ".held"
-CLEAN = "shut down"
-"""The state of a Postgres that led and was stopped properly: nothing is left to be replayed."""
+LED = ("shut down", "in production", "shutting down", "in crash recovery")
+"""The states of a Postgres that led: nothing is left to be replayed, or Patroni has it done by a single-user Postgres first."""
 
 
 def position(text: str) -> int:
@@ -52,11 +55,14 @@ class Hold:
 
     def __init__(self, pipe: str, config: str, data_dir: str, say: Callable[[str], None]) -> None:
         self.look_s: float | None = None
-        """When to look next; None: it isn't hidden."""
+        """When to look next; None: there is nothing to look for."""
+        self.given_up = False
+        """Whether Patroni wanted the watchdog while it was hidden: it never tries again, and has to be started again."""
         self._pipe = pipe
         self._config = config
         self._data_dir = data_dir
         self._say = say
+        self._shown = False
         self._end = (0, 0)
         self._rest = ("", 0)
 
@@ -74,16 +80,22 @@ class Hold:
             self._say(f"a node that still replays its log may vote: {error!r}")
 
     def look(self, now_s: float) -> None:
-        """Show the pipe again if it is time: the node has replayed its log, or follows a leader."""
+        """Show the pipe again if it is time: the node has replayed its log, or follows a leader. The next look is for whether
+        Patroni takes it."""
         if self.look_s is None or now_s < self.look_s:
             return
         self.look_s = now_s + LOOK_S
         state = self._asked()
-        if state is None or not self._has_replayed(state):
+        if state is None:
             return
-        os.replace(self._pipe + HELD, self._pipe)
+        if not self._shown:
+            if self._has_replayed(state):
+                os.replace(self._pipe + HELD, self._pipe)
+                self._shown = True
+                self._say("the log is replayed: this node may lead and vote")
+            return
         self.look_s = None
-        self._say("the log is replayed: this node may lead and vote")
+        self.given_up = bool(state.get("watchdog_failed"))
 
     def _unplayed(self, bin_dir: str) -> tuple[int, int] | None:
         if not os.path.exists(os.path.join(self._data_dir, "global", "pg_control")):
@@ -93,7 +105,7 @@ class Hold:
             capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"},
         ).stdout  # fmt: skip
         state = re.search(r"^Database cluster state: *(.*)$", control, re.MULTILINE)
-        if state is not None and state[1].strip() == CLEAN:
+        if state is not None and state[1].strip() in LED:
             return None
         return log_end(self._data_dir, bin_dir)
 

@@ -47,13 +47,14 @@ def hold(folder: Path, data: Path, address: str) -> tuple[Hold, Path]:
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Iterator[Path]:
-    """The data of a Postgres that was killed, with something in its log."""
+    """The data of a standby that was killed, with something in its log."""
     with PostgresServer() as server:
         server.new_database()
-        assert server.process is not None
-        server.process.kill()
-        server.process.wait()
-        yield server.folder / "data"
+        server.stop()
+        (server.data_dir / "standby.signal").touch()
+        server.start()
+        server.stop()
+        yield server.data_dir
 
 
 def test_a_node_that_was_killed_is_held_until_its_log_is_replayed(tmp_path: Path, killed: Path) -> None:
@@ -71,6 +72,32 @@ def test_a_node_that_was_killed_is_held_until_its_log_is_replayed(tmp_path: Path
         held.look(LOOK_S + 0.1)
         assert not pipe.exists(), "it is looked at twice a second"
         held.look(2 * LOOK_S)
+        assert pipe.exists()
+        held.look(3 * LOOK_S)
+        assert held.look_s is None
+        assert not held.given_up
+
+
+def test_a_patroni_that_wanted_the_watchdog_meanwhile_is_found_out(tmp_path: Path, killed: Path) -> None:
+    state: dict[str, object] = {"role": "replica", "timeline": 1, "xlog": {"replayed_location": 0}, "watchdog_failed": True}
+    with patroni(state) as address:
+        held, _ = hold(tmp_path, killed, address)
+        held.begin(0.0)
+        held.look(LOOK_S)
+        state["replication_state"] = "streaming"
+        held.look(2 * LOOK_S)
+        assert not held.given_up, "what it said was from before it was shown"
+        held.look(3 * LOOK_S)
+        assert held.given_up
+        assert held.look_s is None
+
+
+def test_a_node_that_led_is_not_held(tmp_path: Path) -> None:
+    """Patroni has it replayed first, and wants the watchdog at once where the node owns the lease still."""
+    with PostgresServer() as server:
+        server.stop()
+        held, pipe = hold(tmp_path, server.data_dir, "127.0.0.1:1")
+        held.begin(0.0)
         assert pipe.exists()
         assert held.look_s is None
 

@@ -82,6 +82,42 @@ async def test_who_lacks_acknowledged_commits_is_not_elected_while_another_repla
         await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole again", 180, 0.5)
 
 
+def is_barred(hands: Hands, node: str) -> bool:
+    """Whether the node's Patroni is one that neither leads nor votes."""
+    with suppress(Exception):  # it starts, or is started again
+        return bool(json.loads(hands.patroni(node, "GET", "/patroni")[1]).get("watchdog_failed"))
+    return True
+
+
+async def test_who_owns_the_lease_before_its_log_is_replayed_votes_again_afterwards(cluster: Cluster) -> None:
+    """As a standby does that was chosen right before the power went: its Patroni wants the watchdog at once, and gives it up for
+    good when there is none."""
+    hands = Hands(cluster, SHARD, hooks(cluster))
+    await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole before", 120, 0.5)
+    status = await asyncio.to_thread(cluster.status)
+    slow, _ = await asyncio.to_thread(hands.standbys)
+    programs = [f"node-{name}" for name in NODES]
+    await asyncio.to_thread(delay_replay, cluster, hands, slow, f"{DELAY_S}s")
+    try:
+        async with Oncepay(router=status.urls["router"], api_key=status.api_key) as client:
+            items = [{"seller": "s", "amount": 900}]
+            await asyncio.gather(*(client.pay(key, buyer="b", currency="usd", items=items, wait_s=0) for key in keys()))
+        await asyncio.to_thread(hands.take_down, programs)
+        hands.make_leader_in_etcd(slow)
+        await asyncio.to_thread(hands.bring_up, programs)
+        log = cluster.layout.log(f"node-{slow}")
+        wanted = "watchdog could not be activated"
+        await asyncio.to_thread(hands.until, lambda: wanted in log.read_text(), "its Patroni wants the watchdog", 60, 0.5)
+        await asyncio.to_thread(
+            hands.until, lambda: not any(is_barred(hands, node) for node in NODES), "all of them may lead and vote", 150, 0.5
+        )
+    finally:
+        states = cluster.supervisor().states()
+        await asyncio.to_thread(hands.bring_up, [program for program in programs if states[program].pid == 0])
+        await asyncio.to_thread(delay_replay, cluster, hands, slow, "")
+        await asyncio.to_thread(hands.until, hands.is_whole, "the cluster is whole again", 180, 0.5)
+
+
 async def test_a_leader_that_dies_far_ahead_of_what_was_acknowledged_is_followed(cluster: Cluster) -> None:
     """What waits for no quorum (an index that is built, a move's backlog) may be far more log than standbys have."""
     hands = Hands(cluster, SHARD, hooks(cluster))

@@ -77,6 +77,10 @@ class Hands:
         """The leader as etcd names it. Raises EtcdAway."""
         return Gateway(self._settings.etcd.endpoints).get(f"{self._prefix}/leader")
 
+    def make_leader_in_etcd(self, node: str) -> None:
+        """Write that the node owns the leader's lease, without an end, while no node runs. Raises EtcdAway."""
+        Gateway(self._settings.etcd.endpoints).put(f"{self._prefix}/leader", node)
+
     def view(self) -> View:
         """The shard now. Without etcd there is neither leader nor voter in it."""
         gateway = Gateway(self._settings.etcd.endpoints)
