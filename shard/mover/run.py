@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import NoReturn
 
@@ -24,6 +24,7 @@ from shard.mover.changes import Changes
 from shard.mover.compare import Comparer
 from shard.mover.copy import Copied, Copier, drop_origin
 from shard.mover.errors import MovePaused, MoveStopped, NotDrained, PauseTooLong, StreamLost
+from shard.mover.gate import Gate, Marks
 from shard.mover.handover import Handover, claim
 from shard.mover.records import Hold, Records, now_ms
 from shard.mover.remove import Remover
@@ -288,7 +289,11 @@ class Journey:
             await stream.make_slot()
         await stream.subscribe()
 
+        marks = Marks(stream)
+
         async def on_chunk(done: Copied) -> None:
+            if move.rate_rows_per_s:
+                await marks.put()
             figures = self._estimate(done.rows, self.move.rows_total)
             await self._progress({"rows_copied": done.rows, "bytes_copied": done.bytes} | figures)
 
@@ -324,13 +329,18 @@ class Journey:
         await self._need(stream)
         await stream.hurry(wanted=True)
         await stream.enable()
-        while True:
-            slot = await self._need(stream)
-            await self._progress({"lag_bytes": max(0, slot)})
-            if slot < NEAR_BYTES:
-                break
-            await stream.mark()
-            await asyncio.sleep(CATCH_UP_PAUSE_S)
+        async with AsyncExitStack() as stack:
+            gate = await stack.enter_async_context(Gate(stream)) if self.move.rate_rows_per_s else None
+            while True:
+                slot = await self._need(stream)
+                await self._progress({"lag_bytes": max(0, slot)})
+                if slot < NEAR_BYTES:
+                    break
+                await stream.mark()
+                if gate is None:
+                    await asyncio.sleep(CATCH_UP_PAUSE_S)
+                else:
+                    await gate.turn(slot)
         await stream.hurry(wanted=False)
         await stream.applied(await stream.giver.position(), APPLIED_S)  # what began in a hurry has ended
         await stream.secured()
