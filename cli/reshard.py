@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SLOT_MAX = 65_535
+RATE_ROWS_PER_S = 16_000
+"""What a move is given unless its operator says otherwise."""
 
 config_option = click.option(
     "--config", type=click.Path(dir_okay=False), help="The deployment's settings. By default the local cluster's."
@@ -72,9 +74,10 @@ class SlotRange(click.ParamType[tuple[int, int]]):
 @click.option(
     "--rate",
     type=click.IntRange(0),
-    default=0,
+    default=RATE_ROWS_PER_S,
+    show_default=True,
     metavar="ROWS",
-    help="At most so many rows a second, in each step; 0: no limit.",
+    help="At most so many rows a second, in each step, with rests; 0: as fast as it goes, whatever payments feel.",
 )
 @click.option("--pause-limit", "pause_limit_s", type=click.FloatRange(0.1, 25), default=3.0, show_default=True,
               metavar="SECONDS", help="A switch that would hold the range for longer is undone.")  # fmt: skip

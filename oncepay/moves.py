@@ -29,8 +29,6 @@ FENCED: frozenset[State] = frozenset({"fence", "drain", "switch"})
 """States in which the range may be nobody's for a moment."""
 
 PAUSE_LIMIT_S = 3.0
-RATE_ROWS_PER_S = 0
-"""No throttle but the standbys' lag."""
 LAG_MAX_BYTES = 64 << 20
 
 _FROM: dict[Goal, frozenset[State]] = {
@@ -83,7 +81,8 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     bytes_copied: int = 0
     rows_verified: int = 0
     rows_deleted: int = 0
-    rate_rows_per_s: int = RATE_ROWS_PER_S
+    rate_rows_per_s: int = 0
+    """0: no throttle but the standbys' lag."""
     lag_max_bytes: int = LAG_MAX_BYTES
     pause_limit_s: float = PAUSE_LIMIT_S
     lag_bytes: int = 0

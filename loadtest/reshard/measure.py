@@ -190,7 +190,7 @@ async def copy_beside_copy(operator: Operator, payments: int, slots: int) -> dic
     target = next(shard["name"] for shard in status["shards"] if shard["name"] != source)
     await plant(operator, source, FIRST, last, payments)
     plain_s, rows = await _plain(operator, source, target, FIRST, last)
-    plan = await operator.must("reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target)
+    plan = await operator.must("reshard", "plan", "--range", f"{FIRST}-{last}", "--to", target, "--rate", "0")
     process = await operator.start("reshard", "start", plan["move"])
     began_s = ended_s = 0.0
     while process.returncode is None:

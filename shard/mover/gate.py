@@ -1,10 +1,9 @@
 """A move with a rate brings its backlog in spells, and rests between them.
 
 What came during a copy is applied by a worker of Postgres, which has no throttle of its own and takes a processor whole for
-minutes.
-But it applies one transaction after the other, and now and then one of them is a mark of the move (`Stream.mark`). Whoever has
-locked the mark's row at the taker holds the worker there. The lock goes with its session: a process that stands still holds the
-stream for `IDLE_MAX` at most, and one that is gone doesn't at all.
+minutes. But it applies one transaction after the other, and now and then one of them is a mark of the move (`Stream.mark`).
+Whoever has locked the mark's row at the taker holds the worker there. The lock goes with its session: a process that stands still
+holds the stream for `IDLE_MAX` at most, and one that is gone doesn't at all.
 """
 
 from __future__ import annotations
