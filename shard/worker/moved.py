@@ -32,26 +32,28 @@ class Moved:
         self._feed = feed
         self._maps = maps
         self._connect = connect
+        self._version = maps.current.version
         self._owned: Runs = owned_runs(maps.current, shard)
 
     async def run(self) -> None:
         """Follow the map until canceled. Begin when the cache is filled."""
-        version = 0
         while True:
             current = self._maps.current
-            if current.version > version:
-                version = current.version
+            if current.version > self._version:
                 await self._follow(current)
-            await self._maps.newer(version, 60.0)
+            await self._maps.newer(self._version, 60.0)
 
     async def _follow(self, current: ShardMap) -> None:
         now = owned_runs(current, self._shard)
-        for first, last in without(self._owned, now):
+        # A version that was not seen may have given a range away, and the next one given it back: what is pending of it has
+        # changed elsewhere meanwhile, and the feed doesn't tell. So all is dropped and loaded then.
+        seen = current.version == self._version + 1
+        for first, last in without(self._owned, now if seen else []):
             dropped = self._cache.forget_slots(first, last) + self._payouts.forget_slots(first, last)
             _log.info("range given away", first=first, last=last, pending=dropped)
-        for run in without(now, self._owned):
+        for run in without(now, self._owned if seen else []):
             await self._load(run)
-        self._owned = now
+        self._owned, self._version = now, current.version
 
     async def _load(self, run: tuple[int, int]) -> None:
         """What is pending of a range that has come: it was written by the move, and stands in the table alone."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oncepay.keys import slot
-from oncepay.settings import PollSettings
+from oncepay.settings import PayoutSettings, PollSettings
+from oncepay.shardmap import Range, ShardMap
+from shard.worker import moved
 from shard.worker.cache import PendingCache
-from shard.worker.moved import Runs, without
+from shard.worker.moved import Moved, Runs, without
+from shard.worker.payout_cache import PayoutCache
 
 LAST = 60
 
@@ -63,3 +70,55 @@ def test_what_settles_while_a_range_is_loaded_does_not_come_back() -> None:
     cache.put("pending", "attempted", 2, True, 4e9)
     cache.end_fill()
     assert {item.key for item in cache} == {"stays", "pending"}
+
+
+class Maps:
+    """A watch of the map that shows what it is told to."""
+
+    def __init__(self, version: int, owner_of_low: str) -> None:
+        self._changed = asyncio.Event()
+        self.show(version, owner_of_low)
+
+    def show(self, version: int, owner_of_low: str) -> None:
+        self.current = ShardMap(version, (Range(0, 32_767, owner_of_low), Range(32_768, 65_535, "s0")))
+        self._changed.set()
+
+    async def newer(self, version: int, timeout_s: float) -> None:
+        while self.current.version <= version:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+@pytest.mark.parametrize(
+    ("steps", "loaded"),
+    [
+        ([(2, "s1")], []),
+        ([(2, "s1"), (3, "s0")], [(0, 32_767)]),
+        ([(3, "s0")], [(0, 65_535)]),
+        ([(5, "s1")], [(32_768, 65_535)]),
+    ],
+    ids=["goes", "goes and comes back", "went and came back unseen", "more than one step, and not ours"],
+)
+async def test_a_range_that_went_and_came_back_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, steps: list[tuple[int, str]], loaded: Runs
+) -> None:
+    """The trap: two versions of the map that come as one (a long load, a watch that was cut) look as if nothing had happened."""
+    keys = [f"order-{n}" for n in range(50)]
+    cache, found = cache_of(keys), list[tuple[int, int]]()
+    maps = Maps(1, "s0")
+
+    async def fill(_cache: Any, _payouts: Any, _feed: Any, _connect: Any, run: tuple[int, int]) -> None:
+        found.append(run)
+        assert not [item.key for item in cache if run[0] <= slot(item.key) <= run[1]], "what was known of it is dropped first"
+
+    monkeypatch.setattr(moved, "fill", fill)
+    following = Moved("s0", cache, PayoutCache(PayoutSettings()), None, maps, None)  # type: ignore[arg-type]
+    task = asyncio.create_task(following.run())
+    try:
+        for version, owner_of_low in steps:
+            maps.show(version, owner_of_low)
+            for _ in range(10):
+                await asyncio.sleep(0)
+    finally:
+        task.cancel()
+    assert found == loaded
