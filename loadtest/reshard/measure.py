@@ -24,7 +24,7 @@ from loadtest.reshard.traffic import Answer, Traffic, quantile
 FIRST = 20_000
 WARM_S = 15.0
 """Traffic before anything is measured."""
-QUIET_S = 60.0
+QUIET_S = 120.0
 """Traffic without a move, to compare with."""
 TOLD_EVERY_S = 60.0
 BEHIND_MAX_BYTES = 1 << 20
