@@ -140,7 +140,8 @@ class Meter:
         found |= {"postmaster": own.user + own.system, "ended": own.children_user + own.children_system}
         for process in self._postmaster.children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                times, name = process.cpu_times(), process.cmdline()[0].removeprefix("postgres: ")
+                times, command = process.cpu_times(), process.cmdline() or ["ended"]  # not waited for yet
+                name = command[0].removeprefix("postgres: ")
                 kind = "session" if " " in name.strip() and not name.startswith(AUXILIARY) else name.strip()
                 found[kind] += times.user + times.system
         return found
