@@ -340,7 +340,7 @@ class Journey:
                 if gate is None:
                     await asyncio.sleep(CATCH_UP_PAUSE_S)
                 else:
-                    await gate.turn(slot)
+                    await gate.turn()
         await stream.hurry(wanted=False)
         await stream.applied(await stream.giver.position(), APPLIED_S)  # what began in a hurry has ended
         await stream.secured()

@@ -88,6 +88,20 @@ async def test_a_gate_whose_process_is_gone_or_frozen_is_open(world: World, monk
             await gate.shut(0.1)
 
 
+class _Backlog:
+    """A stream that is `lag` bytes behind."""
+
+    def __init__(self) -> None:
+        self.lag = 10_000_000
+        self.giver = self
+
+    async def position(self) -> int:
+        return 50_000_000
+
+    async def progress(self) -> int:
+        return 50_000_000 - self.lag
+
+
 async def test_a_backlog_that_does_not_shrink_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s, slept, held = [1000.0], [0.0], []
 
@@ -102,14 +116,15 @@ async def test_a_backlog_that_does_not_shrink_is_let_through(monkeypatch: pytest
     monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Gate, "shut", shut)
-    gate = Gate(None)  # type: ignore[arg-type]
-    lag, rounds = 10_000_000, round(4 * LOOK_BACK_S / (OPEN_S * (1 + REST)))
+    stream = _Backlog()
+    gate = Gate(stream)  # type: ignore[arg-type]
+    rounds = round(4 * LOOK_BACK_S / (OPEN_S * (1 + REST)))
     for _ in range(rounds):
-        lag -= 1000
-        await gate.turn(lag)
+        stream.lag -= 1000
+        await gate.turn()
     assert len(held) == rounds
     for _ in range(rounds):
-        lag += 1000
-        await gate.turn(lag)
+        stream.lag += 1000
+        await gate.turn()
     assert gate.given_up
     assert len(held) < 1.6 * rounds
