@@ -54,9 +54,7 @@ class Gate:
         self._session = await self._stream.taker.open()
         with self._stream.taker.own_errors():
             await self._session.execute(f"set idle_in_transaction_session_timeout = '{IDLE_MAX}'")
-            await self._session.execute(
-                "set synchronous_commit = 'off'"
-            )  # it writes nothing, and must not hold its lock for a quorum
+            await self._session.execute("set synchronous_commit = 'off'")  # nothing is written: no quorum to wait for
         return self
 
     async def __aexit__(self, *exc: object) -> None:
