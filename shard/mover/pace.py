@@ -14,6 +14,12 @@ machines are busy with payments, rows take longer, and the move leaves them more
 REST_MAX_S = 2.0
 
 
+def expected_s(rows: int, rows_per_s: int, rows_per_s_at_work: int) -> float:
+    """How long `rows` take at a rate (0: none), rests included, where they are worked on at `rows_per_s_at_work`."""
+    work_s = rows / rows_per_s_at_work
+    return max(rows / rows_per_s, work_s * (1 + REST)) if rows_per_s else work_s
+
+
 class Pace:
     """At most `rows_per_s` rows a second (0: no limit, and no rest), measured from when this was made."""
 

@@ -10,6 +10,7 @@ import msgspec
 from oncepay.moves import BUSY, LAG_MAX_BYTES, PAUSE_LIMIT_S, Move
 from oncepay.shardmap import ShardMap, read_takers
 from shard.mover.errors import MoveError
+from shard.mover.pace import expected_s
 from shard.mover.records import Records, new_id, now_ms
 from shard.mover.run import Mover
 from shard.mover.side import Side
@@ -129,7 +130,7 @@ async def _figures(records: Records, sides: Sequence[Side], first: int, last: in
                 side.shard, row["database_bytes"], row["wal_bytes"], int(wal / WAL_SAMPLE_S), row["kept_bytes"], row["keep_bytes"]
             )
         )
-    copy_s = round(sum(rows.values()) / (rate or ASSUMED_ROWS_PER_S), 1)
+    copy_s = round(expected_s(sum(rows.values()), rate, ASSUMED_ROWS_PER_S), 1)
     checks = [check for side, row in zip(sides, found, strict=True) if row for check in _room_checks(side.shard, row)]
     one, other = found[0] or {}, found[1] or {}
     checks.append(

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from shard.mover.pace import CHUNK_ROWS_MIN, REST, REST_MAX_S, Pace
+from shard.mover.pace import CHUNK_ROWS_MIN, REST, REST_MAX_S, Pace, expected_s
 
 
 async def test_rows_are_never_taken_sooner_than_the_rate_allows() -> None:
@@ -19,7 +19,7 @@ async def test_rows_are_never_taken_sooner_than_the_rate_allows() -> None:
 
 
 async def test_what_takes_long_is_followed_by_a_longer_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not above its rate, and no more than a third of the time: a machine that is busy is left alone."""
+    """Not above its rate, and no more than two fifths of the time: a machine that is busy is left alone."""
     pace = Pace(1_000_000)
     for worked_s in (0.02, 0.1):
         await asyncio.sleep(worked_s)
@@ -47,3 +47,8 @@ async def test_without_a_rate_nobody_waits() -> None:
 @pytest.mark.parametrize(("rate", "rows"), [(1, CHUNK_ROWS_MIN), (8_000, 1_000), (1_000_000, 20_000)])
 def test_a_slow_move_takes_smaller_chunks(rate: int, rows: int) -> None:
     assert Pace(rate).chunk(20_000) == rows
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(0, 5.0), (1_000, 100.0), (16_000, 5.0 * (1 + REST))])
+def test_an_estimate_counts_the_rests(rate: int, seconds: float) -> None:
+    assert expected_s(100_000, rate, 20_000) == seconds
