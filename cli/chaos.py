@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -154,6 +155,7 @@ def inflict_one(kind: type[Fault], shard: str, hold_s: float | None, *, dry_run:
         click.echo(json.dumps({"ok": True, "dry_run": True, **plan}) if output == "json" else describe(kind, hands))
         return
     console.print(f"{describe(kind, hands)}\n")
+    end_on_terminate()
     result = asyncio.run(run(cluster, status, hands, kind(hands), hold_s, console))
     if output == "json":
         click.echo(json.dumps(result))
@@ -202,7 +204,13 @@ async def run(
                 f"[dim]{moment.at_s - began_s:6.1f} s[/dim]  {MEANING[moment.what]}{hit}; {len(recorder.told)} payments"
             )
 
-        times = await asyncio.to_thread(inflict, fault, hold_s=hold_s, on_moment=on_moment)
+        enough = threading.Event()
+        try:
+            times = await asyncio.to_thread(inflict, fault, hold_s=hold_s, on_moment=on_moment, enough=enough)
+        except asyncio.CancelledError:
+            enough.set()  # the thread undoes it, and is waited for
+            console.print("interrupted: it is undone")
+            raise
         await recorder.more(WARM_UP)
         await recorder.stop()
         violations = await recorder.check()

@@ -51,10 +51,15 @@ class Gate:
         self.given_up = False
 
     async def __aenter__(self) -> Self:
-        self._session = await self._stream.taker.open()
-        with self._stream.taker.own_errors():
-            await self._session.execute(f"set idle_in_transaction_session_timeout = '{IDLE_MAX}'")
-            await self._session.execute("set synchronous_commit = 'off'")  # nothing is written: no quorum to wait for
+        session = await self._stream.taker.open()
+        try:
+            with self._stream.taker.own_errors():
+                await session.execute(f"set idle_in_transaction_session_timeout = '{IDLE_MAX}'")
+                await session.execute("set synchronous_commit = 'off'")  # nothing is written: no quorum to wait for
+        except BaseException:
+            session.terminate()
+            raise
+        self._session = session
         return self
 
     async def __aexit__(self, *exc: object) -> None:

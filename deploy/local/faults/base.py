@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
@@ -66,12 +67,20 @@ class Moment(NamedTuple):
 OnMoment = Callable[[Moment], None]
 
 
-def inflict(fault: Fault, *, hold_s: float | None = None, on_moment: OnMoment = lambda _: None) -> dict[str, float]:
+def inflict(
+    fault: Fault,
+    *,
+    hold_s: float | None = None,
+    on_moment: OnMoment = lambda _: None,
+    enough: threading.Event | None = None,
+) -> dict[str, float]:
     """The whole course of a fault: break, wait for what follows, hold, undo, wait until all is whole.
 
-    Returns the times of its moments. It is undone whatever happens. Raises FaultFailed.
+    Returns the times of its moments. It is undone whatever happens, and at once when another thread sets `enough`; then
+    nothing more is waited for or told. Raises FaultFailed.
     """
     times: dict[str, float] = {}
+    over = enough or threading.Event()
 
     def reached(what: str) -> None:
         times[what] = time.monotonic()
@@ -82,16 +91,18 @@ def inflict(fault: Fault, *, hold_s: float | None = None, on_moment: OnMoment = 
         reached("begun")
         fault.begin()
         reached("broken")
-        fault.hands.until(fault.is_done, f"what follows from {fault.name}", DONE_S)
-        reached("done")
+        fault.hands.until(lambda: over.is_set() or fault.is_done(), f"what follows from {fault.name}", DONE_S)
+        if not over.is_set():
+            reached("done")
         left_s = (fault.hold_s if hold_s is None else hold_s) - (time.monotonic() - times["broken"])
         if left_s > 0:
-            time.sleep(left_s)  # a fault that lasts is nothing but time
+            over.wait(left_s)  # a fault that lasts is nothing but time
     finally:
         fault.undo()
     reached("undone")
-    fault.hands.until(fault.hands.is_whole, "everything is whole again", WHOLE_S, WHOLE_LOOK_S)
-    reached("whole")
+    fault.hands.until(lambda: over.is_set() or fault.hands.is_whole(), "everything is whole again", WHOLE_S, WHOLE_LOOK_S)
+    if not over.is_set():
+        reached("whole")
     return times
 
 
