@@ -38,6 +38,6 @@ def decode(text: str, kind: type[C]) -> C:
         cursor = msgspec.msgpack.decode(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True), type=kind)
     except (ValueError, binascii.Error, msgspec.DecodeError):
         raise InvalidField("this is not a cursor that an earlier page gave", field="cursor") from None
-    if cursor.created_at.tzinfo is None:
+    if cursor.created_at.tzinfo is None or any("\0" in text for text in msgspec.structs.astuple(cursor)[1:]):
         raise InvalidField("this is not a cursor that an earlier page gave", field="cursor")
     return cursor

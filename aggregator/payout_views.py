@@ -36,7 +36,8 @@ class BookBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class PayoutView(msgspec.Struct, frozen=True):
-    """A payout. `amount` and `tipalti_fee` in minor units; times in UTC (RFC 3339), to the millisecond.
+    """A payout. `amount` in minor units of `currency`, `tipalti_fee` of `tipalti_fee_currency`; times in UTC (RFC 3339), to the
+    millisecond.
 
     `positions` is how far each shard's feed was applied when the amount was computed; `reason` says why it wasn't paid.
     """
@@ -51,6 +52,7 @@ class PayoutView(msgspec.Struct, frozen=True):
     ref_code: str
     payment: str | None
     tipalti_fee: int
+    tipalti_fee_currency: str
     reason: str
     run: str
     created_by: str
@@ -152,6 +154,7 @@ def payout_view(payout: Payout) -> PayoutView:
         ref_code=payout.ref_code,
         payment=progress.payment or progress.reference or None,
         tipalti_fee=progress.fee,
+        tipalti_fee_currency=progress.fee_currency or payout.currency,
         reason=progress.reason,
         run=payout.run,
         created_by=payout.created_by,
@@ -168,7 +171,8 @@ def derived_view(row: Mapping[str, Any]) -> PayoutView:
     progress = _progress(row["progress"] or "{}")
     return PayoutView(
         *(row["key"], row["seller"], row["currency"], row["sequence"], row["status"], row["amount"], row["payee"]),
-        *(row["ref_code"], progress.payment or progress.reference or None, progress.fee, progress.reason, row["run"]),
+        *(row["ref_code"], progress.payment or progress.reference or None, progress.fee),
+        *(progress.fee_currency or row["currency"], progress.reason, row["run"]),
         *(row["created_by"], progress.approved_by or None, _positions(row["positions"] or "{}")),
         *(_time(round(row["created_at"].timestamp() * 1000)), _time(round(row["updated_at"].timestamp() * 1000))),
         row["version"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from oncepay.money import payout_step_minor
 from oncepay.payout import Payout, new_payout
 from oncepay.settings import PayoutSettings
 
@@ -52,10 +53,12 @@ def payable(owed: Owed, inquiries: Mapping[tuple[str, str], int], settings: Payo
     """Minor units to pay out of a balance, or why it is held. `inquiries` by seller and currency."""
     held_minor = owed.pending + inquiries.get((owed.seller, owed.currency), 0)
     amount = owed.balance - held_minor
+    if amount > 0:
+        amount -= amount % payout_step_minor(owed.currency)
     minimum = max(1, settings.minimum_minor.get(owed.currency, 1))
     if not owed.held:
         return Held(owed.seller, owed.currency, owed.balance, "behind", f"payout {owed.sequence}")
-    if amount <= 0:
+    if owed.balance <= held_minor:
         return Held(owed.seller, owed.currency, owed.balance, "pending", f"{held_minor} held")
     if amount < minimum:
         return Held(owed.seller, owed.currency, owed.balance, "minimum", f"{amount} of {minimum}")

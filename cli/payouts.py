@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,9 +28,12 @@ ANSWER_S = 600.0
 """A run of very many sellers asks Tipalti about each payee first."""
 PAGE = 500
 SHOWN_MAX = 40
+LISTED_S = 120.0
+"""How long all payouts of a large run may take to be listed: the feed brings them."""
+LISTED_PAUSE_S = 1.0
 COLUMNS = (
     *("key", "seller", "currency", "sequence", "status", "amount_minor", "amount", "payee", "ref_code", "payment"),
-    *("tipalti_fee_minor", "reason", "run", "created_by", "approved_by", "created_at", "updated_at"),
+    *("tipalti_fee_minor", "tipalti_fee_currency", "reason", "run", "created_by", "approved_by", "created_at", "updated_at"),
 )
 
 url_option = click.option("--url", help="The aggregator's origin. By default the local cluster's.")
@@ -101,9 +105,12 @@ def run(
 
     async def call(api: Api) -> dict[str, Any]:
         found = await api.call("POST", "/v1/payouts", body)
-        listed = len(found["payouts"])
-        if csv_file is not None and not dry_run and listed < sum(total["payouts"] for total in found["totals"]):
-            found["payouts"] = [row async for row in api.pages("/v1/payouts", {"run": found["run"]}, None)]
+        made, listed = sum(total["payouts"] for total in found["totals"]), len(found["payouts"])
+        if csv_file is not None and listed < made:
+            if dry_run:
+                click.echo(f"the file has the first {listed:,} of {made:,} payouts: a dry run lists no more", err=True)
+            else:
+                found["payouts"] = await _all_of(api, found["run"], made)
         return found
 
     found = _run(url, api_key_file, call)
@@ -113,6 +120,21 @@ def run(
         click.echo(json.dumps(found))
     elif csv_file is None or csv_file.name != "-":
         _show_run(found)
+
+
+async def _all_of(api: Api, run: str, made: int) -> list[dict[str, Any]]:
+    """A run's payouts, which the aggregator lists as the feed brings them. Raises Unavailable when some don't come."""
+    deadline_s = time.monotonic() + LISTED_S
+    while True:
+        rows = [row async for row in api.pages("/v1/payouts", {"run": run}, None)]
+        if len(rows) >= made:
+            return rows
+        if time.monotonic() > deadline_s:
+            raise Unavailable(
+                f"all {made:,} payouts are made, but only {len(rows):,} are listed after {LISTED_S:g} s (is the feed behind?):"
+                f" oncepay payouts list --run {run} --limit {made} --csv FILE, later"
+            )
+        await asyncio.sleep(LISTED_PAUSE_S)
 
 
 @payouts.command(name="list")
@@ -421,4 +443,4 @@ def _show_one(payout: dict[str, Any]) -> None:
         if payout[name]:
             click.echo(f"  {name.replace('_', ' ')}: {payout[name]}")
     if payout["tipalti_fee"]:
-        click.echo(f"  Tipalti's fee: {_money(payout['tipalti_fee'], payout['currency'])}")
+        click.echo(f"  Tipalti's fee: {_money(payout['tipalti_fee'], payout['tipalti_fee_currency'])}")

@@ -60,6 +60,11 @@ def step_minor(currency: str) -> int:
     return _STEP_MINOR.get(currency, 1)
 
 
+def payout_step_minor(currency: str) -> int:
+    """What can be paid to a bank account is a multiple of this: ISO 4217 knows no fraction of a króna, and Stripe's ISK has two digits."""
+    return 100 if currency == "isk" else 1
+
+
 class Money(msgspec.Struct, frozen=True, order=False):
     """An amount in minor units with its currency. Amounts of two currencies can't be added or compared."""
 

@@ -18,6 +18,8 @@ from oncepay.keys import payout_key
 REF_CODE_PREFIX = "op-"
 REF_CODE_DIGITS = 40
 PREFIX = "payout:"
+SEQUENCE_DIGITS_MAX = 18
+"""Sequences are of 64 bits at the shards."""
 
 
 class PayoutStatus(enum.StrEnum):
@@ -164,7 +166,8 @@ def parse_key(key: str) -> tuple[str, str, int]:
     head, _, number = key.rpartition(":")
     head, _, currency = head.rpartition(":")
     seller = head.removeprefix(PREFIX)
-    if head == seller or not (number.isascii() and number.isdigit()) or payout_key(seller, currency, int(number)) != key:
+    plain = number.isascii() and number.isdigit() and len(number) <= SEQUENCE_DIGITS_MAX
+    if head == seller or not plain or payout_key(seller, currency, int(number)) != key:
         raise InvalidKey(f"{key!r} is no payout's key: payout:<seller>:<currency>:<sequence>")
     return seller, currency, int(number)
 

@@ -107,6 +107,8 @@ class ReconcileCalls:
             asked = msgspec.json.decode(await request.read(), type=Asked)
         except msgspec.DecodeError as error:
             raise MalformedBody(str(error)) from None
+        if asked.to > dt.datetime.now(dt.UTC).date():
+            raise InvalidField("the period ends in the future", field="to")
         first, last = (dt.datetime.combine(day, dt.time(), dt.UTC) for day in (asked.from_, asked.to))
         name = await self._office.start(first, last + dt.timedelta(days=1), api_key(request).name, grace_s=asked.grace_s)
         return json_response(await self._one(name), status=202)

@@ -71,6 +71,7 @@ class Office:
         settings = self._settings.reconcile
         while True:
             try:
+                await self._give_up()
                 await self._show()
                 now = dt.datetime.now(dt.UTC)
                 async with self._database.connection("work") as connection:
@@ -108,7 +109,7 @@ class Office:
     ) -> None:
         try:
             async with self._alone() as connection:
-                await connection.execute(SQL["abandon"])
+                await connection.execute(SQL["abandon"], None, "its process ended")
                 await connection.execute(SQL["begin"], name, first, last, asked_by)
                 begun.set_result(None)
                 await self._reconcile(name, first, last, grace, connection)
@@ -118,6 +119,20 @@ class Office:
                 begun.set_exception(error)
                 return
             _log.error("reconciliation broken off", run=name, exc_info=error)
+            await self._give_up(name, f"it was broken off: {error!r}")
+
+    async def _give_up(self, name: str | None = None, problem: str = "its process ended") -> None:
+        """End the run, or with no name all that nobody works on, as failed. Somebody may wait for it to be over."""
+        try:
+            async with self._database.connection("work") as connection:
+                if name is None and not await connection.fetchval(SQL["any_running"]):
+                    return
+            async with self._alone() as connection:
+                await connection.execute(SQL["abandon"], name, problem)
+        except AlreadyReconciling:
+            pass
+        except (OncepayError, asyncpg.PostgresError) as error:
+            _log.warning("a run that was broken off is not ended yet", run=name, error=str(error))
 
     async def _reconcile(
         self, name: str, first: dt.datetime, last: dt.datetime, grace: dt.timedelta, connection: asyncpg.Connection

@@ -13,10 +13,13 @@ where id = $1
 -- name: note_progress
 update oncepay.reconciliations set checked = $2::jsonb where id = $1
 
+-- name: any_running
+select exists (select from oncepay.reconciliations where state = 'running')
+
 -- name: abandon
--- Runs whose process died: nobody holds the lock any more.
-update oncepay.reconciliations set state = 'failed', ended_at = clock_timestamp(), problem = 'its process ended'
-where state = 'running'
+-- Runs whose process or session died: nobody else holds the lock. With $1 only that one.
+update oncepay.reconciliations set state = 'failed', ended_at = clock_timestamp(), problem = $2
+where state = 'running' and id = coalesce($1, id)
 
 -- name: keep
 insert into oncepay.stripe_transactions as t (id, type, category, currency, amount, fee, net, source, created_at)

@@ -48,7 +48,7 @@ NOTICES = {
     "Canceled": "payment_cancelled",
 }
 ZERO_DECIMAL = frozenset(
-    ["BIF", "CLP", "DJF", "GNF", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "VND", "VUV", "XAF", "XOF", "XPF"]
+    ["BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "VND", "VUV", "XAF", "XOF", "XPF"]
 )
 THREE_DECIMAL = frozenset(["BHD", "JOD", "KWD", "OMR", "TND"])
 FILTER_FIELDS = {"refCode": "ref_code", "status": "status", "payeeId": "payee", "batchId": "batch", "paymentBatchId": "batch"}

@@ -41,6 +41,12 @@ class MoveStopped(MoveError):
     slug = "move-stopped"
 
 
+class BeingRebuilt(MoveError):
+    """What the aggregator derives of the giving shard is being rebuilt. Nothing has changed; come again afterwards."""
+
+    slug = "being-rebuilt"
+
+
 class PauseTooLong(MoveError):
     """The pause would have been longer than its limit, so the range went back; run the same command again later."""
 

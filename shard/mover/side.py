@@ -12,7 +12,7 @@ import asyncpg
 
 from oncepay.errors import OutcomeUnknown, ShardUnavailable
 from oncepay.settings import Settings
-from shard.mover.errors import MoveError, MoveTaken, NotDrained, RangeBusy
+from shard.mover.errors import BeingRebuilt, MoveError, MoveTaken, NotDrained, RangeBusy
 from shard.store.evidence import prove
 from shard.store.leader import Leaders, Node
 
@@ -114,6 +114,8 @@ class Side:
             return NotDrained(str(error))
         if error.sqlstate == "OP004":
             return MoveError(f"shard {self.shard}: {error}")
+        if error.sqlstate == "OP005":
+            return BeingRebuilt(f"shard {self.shard}: {error}")
         if isinstance(error, asyncpg.LockNotAvailableError):
             return RangeBusy(f"shard {self.shard}: {error}")
         if isinstance(error, asyncpg.ReadOnlySQLTransactionError):

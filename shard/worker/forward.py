@@ -232,6 +232,8 @@ class Forwarder:
     async def _forward(self) -> None:
         """Post one batch, if there is something to post, and take the answer in."""
         stream, start = self._stream, self.watermark
+        if not self._located:
+            return  # another stream came while the aggregator was asked: its slot may begin past the watermark
         if stream is None or start is None or self.reread.is_set() or self._certain_lsn <= start:
             return
         batch, rows = self._batch(stream, start)

@@ -3,14 +3,14 @@
 The order makes it exact. The forwarder stands still, so the slot is not confirmed past what the aggregator has. Then the
 tables are frozen at a position of the log and sent whole; then a barrier passes the feed on the same leader, so that what
 was read is on the quorum; only then the aggregator commits. It is at that position then, and the feed, which begins
-before it, goes on from there.
+before it, goes on from there. No range leaves the shard meanwhile: what its new owner brought would be replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Literal
 
 import aiohttp
@@ -24,7 +24,7 @@ from shard.worker import metrics
 from shard.worker.errors import FeedDown, StandDown
 from shard.worker.feed import Feed
 from shard.worker.forward import Forwarder
-from shard.worker.snapshot import Connect, Snapshot, open_snapshot
+from shard.worker.snapshot import Connect, Snapshot, no_range_leaves, open_snapshot
 from shard.worker.stream import LeaderView
 
 LEADER_S = 10.0
@@ -98,20 +98,24 @@ class Resnapshot:
         async with self._forwarder.held():
             node = await self._leaders.wait(self._shard, LEADER_S)
             settings, name = self._settings, f"{self._name} rebuild"
-            async with open_snapshot(self._shard, node, settings, name, self._epoch, self._connect) as snapshot:
+            async with (
+                no_range_leaves(node, self._connect) as still,
+                open_snapshot(self._shard, node, settings, name, self._epoch, self._connect) as snapshot,
+            ):
                 self.progress.expected = snapshot.expected
-                position = await self._post(self._body(snapshot))
+                position = await self._post(self._body(snapshot, still))
         _log.info("rebuilt", rows=self.progress.rows, lsn=lsn_text(position))
         self.progress.position = lsn_text(position)
         return position
 
-    async def _body(self, snapshot: Snapshot) -> AsyncIterator[bytes]:
+    async def _body(self, snapshot: Snapshot, still: Callable[[], Awaitable[None]]) -> AsyncIterator[bytes]:
         async for part in snapshot.parts():
             yield framed(part.frame)
             self.progress.rows += part.rows
         await snapshot.close()
         async with asyncio.timeout(FENCE_S):
             place = await self._feed.fence()
+            await still()
         if (place.host, place.port, place.timeline) != (snapshot.node.host, snapshot.node.port, snapshot.timeline):
             raise ShardUnavailable("the leader changed while the tables were read: run it again")
         yield REBUILD_END

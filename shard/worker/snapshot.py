@@ -45,6 +45,8 @@ PIECE_BLOCKS = 1_024
 """A table is copied by so many of its blocks at a time: then progress is known."""
 PARTS_AHEAD = 8
 """So many parts of a copy are read ahead of what the aggregator takes."""
+FENCED_S = 30.0
+"""How long a fence that is under way may take to commit."""
 SLOT_S = 60.0
 """How long making a slot may take: it waits for all transactions that were running when it began."""
 
@@ -187,6 +189,31 @@ async def open_snapshot(
             session.terminate()
     finally:
         maker.close()
+
+
+@asynccontextmanager
+async def no_range_leaves(node: Node, connect: Connect) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """`fence_range` is refused at `node` meanwhile. Gives a call that raises ShardUnavailable when it may not have been."""
+    session = await _session(node, connect)
+
+    async def still() -> None:
+        try:
+            await session.execute("select")
+        except _FAILURES as error:
+            raise ShardUnavailable(f"a range may have left the shard meanwhile ({error!r}): run it again") from error
+
+    try:
+        try:
+            await session.execute("set idle_session_timeout = 0")
+            await session.execute(f"set lock_timeout = '{FENCED_S:g}s'")
+            await session.execute("select pg_advisory_lock(4, 0)")
+        except _FAILURES as error:
+            raise ShardUnavailable(
+                f"a range is just leaving the shard, or it is being rebuilt ({error!r}): run it again"
+            ) from error
+        yield still
+    finally:
+        session.terminate()
 
 
 async def _begin(session: asyncpg.Connection, exported: str) -> tuple[tuple[tuple[int, int], ...], int]:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from cli import payouts
 from cli.main import main
 from deploy.local import Cluster
+from oncepay.errors import Unavailable
 from oncepay.tipalti_client import TipaltiClient
 
 
@@ -82,6 +84,25 @@ def test_what_isnt_there_is_said(runner: CliRunner) -> None:
     shown = runner.invoke(main, ["payouts", "show", "payout:nobody:usd:1"])
     assert (shown.exit_code, shown.stdout) == (1, "")
     assert "no payout payout:nobody:usd:1" in shown.stderr
+
+
+class Listing(payouts.Api):
+    """Lists a run as the feed brings it: so many of its payouts each time."""
+
+    def __init__(self, *listed: int) -> None:
+        self.listed = list(listed)
+
+    async def call(self, method: str, path: str, body: object = None, query: dict[str, str] | None = None) -> dict[str, Any]:
+        count = self.listed.pop(0) if len(self.listed) > 1 else self.listed[0]
+        return {"payouts": [{"key": f"k{n}"} for n in range(count)], "cursor": None}
+
+
+async def test_a_large_run_is_exported_when_all_of_it_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(payouts, "LISTED_PAUSE_S", 0.0)
+    assert len(await payouts._all_of(Listing(3, 3, 5), "r", 5)) == 5
+    monkeypatch.setattr(payouts, "LISTED_S", 0.0)
+    with pytest.raises(Unavailable, match="only 3 are listed"):
+        await payouts._all_of(Listing(3), "r", 5)
 
 
 def test_csv_and_json_cannot_share_standard_output() -> None:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from aggregator.fold import fold
 from oncepay.cart import Fee, Item, shares_of
 from oncepay.errors import OncepayError, OutcomeUnknown, ShardUnavailable
-from oncepay.feed import EntryRow
+from oncepay.feed import REBUILD_END, EntryRow
 from oncepay.ledger import payment_entry
 from oncepay.payment import Failure, Progress, Status
 from shard.store.rows import Put
@@ -300,6 +300,74 @@ async def take_time(request: web.Request) -> web.StreamResponse:
     raise AssertionError
 
 
+@asynccontextmanager
+async def instead_of_the_aggregator(resnapshot: Resnapshot, answer: Answer) -> AsyncIterator[None]:
+    """Rebuilds are answered so."""
+    app = web.Application()
+    app.router.add_post(f"/v1/feed/{SHARD}/rebuild", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    honest = resnapshot._settings
+    resnapshot._settings = replace(honest, aggregator_url=f"http://127.0.0.1:{runner.addresses[0][1]}")
+    try:
+        yield
+    finally:
+        resnapshot._settings = honest
+        await runner.cleanup()
+
+
+async def test_no_range_leaves_while_the_shard_is_rebuilt(shard: ShardDatabase, aggregator: RunningAggregator) -> None:
+    """The rebuild would replace what the range's new owner brought by what was there before."""
+    fence = "select oncepay.fence_range('mv_1', 1, 0, 65535, 150)"
+    await shard.connection.fetchval("select oncepay.claim_move('mv_1', 1, 'me', array['x'])")
+    refused: list[str] = []
+
+    async def try_to_leave(request: web.Request) -> web.StreamResponse:
+        session = await asyncpg.connect(shard.dsn)
+        try:
+            await session.fetchval(fence)
+        except asyncpg.PostgresError as error:
+            refused.append(str(error.sqlstate))
+        finally:
+            await session.close()
+        return web.Response(status=409, text="not now")
+
+    async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
+        await pay(shard, "a")
+        async with instead_of_the_aggregator(resnapshot, try_to_leave):
+            with pytest.raises(OncepayError):
+                await resnapshot.rebuild()
+        assert refused == ["OP005"]
+
+        async def leaves() -> bool:  # the session that held it is just ending
+            try:
+                return bool(await shard.connection.fetchval(fence))
+            except asyncpg.PostgresError:
+                return False
+
+        await eventually(leaves, "the range leaves afterwards")
+
+
+async def test_a_rebuild_whose_hold_on_the_ranges_was_lost_is_not_committed(
+    shard: ShardDatabase, aggregator: RunningAggregator
+) -> None:
+    ended: list[bool] = []
+
+    async def lose_it(request: web.Request) -> web.StreamResponse:
+        holding = "select pg_terminate_backend(pid, 5000) from pg_locks where locktype = 'advisory' and classid = 4"
+        ended.append(await shard.connection.fetchval(holding))
+        ended.append((await request.content.read()).endswith(REBUILD_END))
+        return web.Response(status=409, text="not now")
+
+    async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
+        await pay(shard, "a")
+        async with instead_of_the_aggregator(resnapshot, lose_it):
+            with pytest.raises(ShardUnavailable, match="a range may have left"):
+                await resnapshot.rebuild()
+    assert ended == [True]
+
+
 @pytest.mark.parametrize("answer", [refuse, go_away, take_time])
 async def test_a_rebuild_that_breaks_in_the_middle_of_a_copy_is_a_failed_rebuild_and_no_more(
     shard: ShardDatabase, aggregator: RunningAggregator, answer: Answer
@@ -311,35 +379,23 @@ async def test_a_rebuild_that_breaks_in_the_middle_of_a_copy_is_a_failed_rebuild
     )
     await shard.connection.execute(MANY)
     await shard.connection.execute("select pg_replication_origin_session_reset(), pg_replication_origin_drop('planted')")
-    app = web.Application()
-    app.router.add_post(f"/v1/feed/{SHARD}/rebuild", answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
     async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
-        honest, resnapshot._settings = (
-            resnapshot._settings,
-            replace(resnapshot._settings, aggregator_url=f"http://127.0.0.1:{port}"),
-        )
         running = asyncio.create_task(resnapshot.run())
-        resnapshot.ask()
-        if answer is take_time:
-            await eventually(lambda: reading(shard), "a table is read")
-            await asyncio.sleep(0.5)
-            await shard.connection.execute(f"select pg_terminate_backend(pid) from ({READING}) r")
-        await eventually(lambda: resnapshot.progress.state == "failed", "the rebuild failed")
-        assert resnapshot.progress.problem
-        assert not running.done()
-        await eventually(lambda: nothing_open(shard), "nothing is left open")
-        resnapshot._settings = honest
+        async with instead_of_the_aggregator(resnapshot, answer):
+            resnapshot.ask()
+            if answer is take_time:
+                await eventually(lambda: reading(shard), "a table is read")
+                await asyncio.sleep(0.5)
+                await shard.connection.execute(f"select pg_terminate_backend(pid) from ({READING}) r")
+            await eventually(lambda: resnapshot.progress.state == "failed", "the rebuild failed")
+            assert resnapshot.progress.problem
+            assert not running.done()
+            await eventually(lambda: nothing_open(shard), "nothing is left open")
         resnapshot.ask()
         await eventually(lambda: resnapshot.progress.state == "done", "the next one is done")
         await eventually(lambda: is_the_fold(shard, aggregator), "the aggregator is the fold")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-    await runner.cleanup()
 
 
 MANY = """
