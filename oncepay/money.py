@@ -61,7 +61,7 @@ def step_minor(currency: str) -> int:
 
 
 def payout_step_minor(currency: str) -> int:
-    """What can be paid to a bank account is a multiple of this: ISO 4217 knows no fraction of a króna, and Stripe's ISK has two digits."""
+    """What can be paid to a bank account is a multiple of this: a króna has no fraction (ISO 4217), Stripe's has two digits."""
     return 100 if currency == "isk" else 1
 
 

@@ -7,14 +7,13 @@ committed since any page was read has come through the feed. If the leader chang
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 
 import asyncpg
 
 from oncepay.errors import ShardUnavailable
 from oncepay.logs import get_logger
-from oncepay.shardmap import SLOTS
 from shard.worker.cache import PendingCache
 from shard.worker.feed import Feed
 from shard.worker.payout_cache import PayoutCache
@@ -29,30 +28,33 @@ _log = get_logger("cache")
 Connect = Callable[[str, int], Awaitable[asyncpg.Connection]]
 
 
-async def fill(
-    cache: PendingCache, payouts: PayoutCache, feed: Feed, connect: Connect, slots: tuple[int, int] = (0, SLOTS - 1)
-) -> None:
-    """Fill the caches with what is pending of `slots`. Raises ShardUnavailable: then try again.
+async def fill(cache: PendingCache, payouts: PayoutCache, feed: Feed, connect: Connect, runs: Sequence[tuple[int, int]]) -> None:
+    """Fill the caches with what is pending of these slots, the shard's by the map. Raises ShardUnavailable: then try again.
 
     `begin_fill` was called before `feed` was started, or `begin_load` before this. `connect` opens a session with a node. The
     caches keep what the feed tells meanwhile.
     """
     before = await feed.fence()
-    rows = await _read(cache, payouts, connect, before.host, before.port, slots)
+    rows = await _read(cache, payouts, connect, before.host, before.port, runs)
     after = await feed.fence()
     if after != before:
         raise ShardUnavailable(f"the leader changed from {before} to {after} while the cache was filled")
     cache.end_fill()
     payouts.end_fill()
-    _log.info("cache filled", slots=slots, rows=rows, pending=len(cache), payouts=len(payouts))
+    _log.info("cache filled", slots=list(runs), rows=rows, pending=len(cache), payouts=len(payouts))
 
 
-async def _read(cache: PendingCache, payouts: PayoutCache, connect: Connect, host: str, port: int, slots: tuple[int, int]) -> int:
+async def _read(
+    cache: PendingCache, payouts: PayoutCache, connect: Connect, host: str, port: int, runs: Sequence[tuple[int, int]]
+) -> int:
+    rows = 0
     try:
         connection = await connect(host, port)
         try:
-            await _payout_pages(payouts, connection, slots)
-            return await _pages(cache, connection, slots)
+            for slots in runs:
+                await _payout_pages(payouts, connection, slots)
+                rows += await _pages(cache, connection, slots)
+            return rows
         finally:
             connection.terminate()
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:

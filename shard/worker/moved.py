@@ -33,7 +33,8 @@ class Moved:
         self._maps = maps
         self._connect = connect
         self._version = maps.current.version
-        self._owned: Runs = owned_runs(maps.current, shard)
+        self.owned: Runs = owned_runs(maps.current, shard)
+        """What the caches hold, or are to be filled with at first."""
 
     async def run(self) -> None:
         """Follow the map until canceled. Begin when the cache is filled."""
@@ -48,12 +49,12 @@ class Moved:
         # A version that was not seen may have given a range away, and the next one given it back: what is pending of it has
         # changed elsewhere meanwhile, and the feed doesn't tell. So all is dropped and loaded then.
         seen = current.version == self._version + 1
-        for first, last in without(self._owned, now if seen else []):
+        for first, last in without(self.owned, now if seen else []):
             dropped = self._cache.forget_slots(first, last) + self._payouts.forget_slots(first, last)
             _log.info("range given away", first=first, last=last, pending=dropped)
-        for run in without(now, self._owned if seen else []):
+        for run in without(now, self.owned if seen else []):
             await self._load(run)
-        self._owned, self._version = now, current.version
+        self.owned, self._version = now, current.version
 
     async def _load(self, run: tuple[int, int]) -> None:
         """What is pending of a range that has come: it was written by the move, and stands in the table alone."""
@@ -61,7 +62,7 @@ class Moved:
             self._cache.begin_load()
             self._payouts.begin_load()
             try:
-                await fill(self._cache, self._payouts, self._feed, self._connect, run)
+                await fill(self._cache, self._payouts, self._feed, self._connect, [run])
                 return
             except ShardUnavailable as error:
                 _log.info("range not loaded", first=run[0], last=run[1], error=str(error))

@@ -134,7 +134,7 @@ class Worker:
         moved = Moved(self.shard, self.cache, self.payouts, feed, self._shards.maps, self._shards.connect)
         while True:
             try:
-                await fill(self.cache, self.payouts, feed, self._shards.connect)
+                await fill(self.cache, self.payouts, feed, self._shards.connect, moved.owned)
                 break
             except ShardUnavailable as error:
                 _log.info("cache not filled", error=str(error))

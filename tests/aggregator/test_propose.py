@@ -41,6 +41,8 @@ def test_what_is_paid_and_what_is_held() -> None:
     assert payable(owed(500, pending=300), {("ann", "usd"): 50, ("bob", "usd"): 500}, SETTINGS) == 150
     assert reason(payable(owed(99), NONE, SETTINGS)) == "minimum"
     assert payable(Owed("ann", "eur", 1, 0, 0, True), NONE, SETTINGS) == 1
+    assert payable(Owed("ann", "isk", 97_450, 0, 0, True), NONE, SETTINGS) == 97_400, "a bank takes no fraction of a króna"
+    assert reason(payable(Owed("ann", "isk", 50, 0, 0, True), NONE, SETTINGS)) == "minimum"
     assert reason(payable(owed(500, pending=500), NONE, SETTINGS)) == "pending"
     assert reason(payable(owed(500, pending=300), {("ann", "usd"): 900}, SETTINGS)) == "pending"
     assert reason(payable(owed(500, sequence=3, held=False), NONE, SETTINGS)) == "behind"

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from yarl import URL
 
+from aggregator.cursor import Cursor
 from aggregator.migrate import migrate
 from aggregator.payout_docs import payout_paths
 from oncepay.apikeys import PREFIX, ApiKey, digest
@@ -279,9 +280,18 @@ async def test_a_parameter_that_cant_be_used_is_named(http: aiohttp.ClientSessio
     assert problem["detail"]
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=501", "limit=x", "cursor=AAAA", "cursor=%F0%9F", "cursor="])
+NUL = "cursor=" + Cursor(dt.datetime(2026, 1, 1, tzinfo=dt.UTC), "a\0b").encode()
+"""Postgres takes no such text."""
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=501", "limit=x", "cursor=AAAA", "cursor=%F0%9F", "cursor=", NUL])
 async def test_a_page_that_cant_be_had(http: aiohttp.ClientSession, query: str) -> None:
     assert (await get(http, f"/v1/buyers/b/orders?{query}", status=422))["field"] == query.partition("=")[0]
+
+
+async def test_a_period_that_no_calendar_has(http: aiohttp.ClientSession) -> None:
+    async with http.post("/v1/reconciliations", json={"from": "9999-12-31", "to": "9999-12-31"}) as answer:
+        assert (answer.status, (await answer.json())["field"]) == (422, "to")
 
 
 async def test_the_api_document_names_every_call(http: aiohttp.ClientSession) -> None:

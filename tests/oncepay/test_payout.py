@@ -220,6 +220,15 @@ def test_keys_name_one_payout_each(seller: str, currency: str, sequence: int) ->
 
 
 def test_what_is_no_payouts_key() -> None:
-    for text in ("order-1", "payout:a:usd", "payout:a:usd:x", "payout:a:usd:01", "payout:a:usd:-1", "payment:a:usd:1", "payout:"):
+    for text in (
+        "order-1",
+        "payout:a:usd",
+        "payout:a:usd:x",
+        "payout:a:usd:01",
+        "payout:a:usd:-1",
+        "payment:a:usd:1",
+        "payout:",
+        "payout:a:usd:" + "9" * 5_000,
+    ):
         with pytest.raises(InvalidKey):
             parse_key(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import asyncpg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,10 +13,16 @@ from hypothesis import strategies as st
 from oncepay.keys import slot
 from oncepay.settings import PayoutSettings, PollSettings
 from oncepay.shardmap import Range, ShardMap
+from shard.store.rows import Put
 from shard.worker import moved
 from shard.worker.cache import PendingCache
+from shard.worker.fill import Connect, fill
 from shard.worker.moved import Moved, Runs, without
 from shard.worker.payout_cache import PayoutCache
+from tests.postgres_fixture import PostgresServer, postgres_server
+from tests.shard.worker.harness import ShardDatabase, new_payment, running_feed, settings_for, shard_database
+
+__all__ = ["postgres_server"]
 
 LAST = 60
 
@@ -89,6 +96,29 @@ class Maps:
             await self._changed.wait()
 
 
+@pytest.mark.cluster
+async def test_what_is_pending_of_a_fenced_range_is_loaded_too(postgres_server: PostgresServer) -> None:
+    """A worker that begins within a fence: when the range goes back to the shard, no new map tells of it."""
+    async with shard_database(postgres_server) as shard:
+        await shard.put(Put(new_payment("pending"), 0, "accepted"))
+        await shard.connection.fetchval("select oncepay.claim_move('m', 1, 'me', array['m'])")
+        assert await shard.connection.fetchval("select oncepay.fence_range('m', 1, 0, 65535, 150)") == 1
+        cache, payouts, maps = PendingCache(PollSettings()), PayoutCache(PayoutSettings()), Maps(1, "s0")
+        cache.begin_fill()
+        payouts.begin_fill()
+        async with running_feed(shard, settings_for(shard)) as feed:
+            moved_ = Moved("s0", cache, payouts, feed.feed, maps, connect_to(shard))  # type: ignore[arg-type]
+            await fill(cache, payouts, feed.feed, connect_to(shard), moved_.owned)
+        assert {item.key for item in cache} == {"pending"}
+
+
+def connect_to(shard: ShardDatabase) -> Connect:
+    async def connect(_host: str, _port: int) -> asyncpg.Connection:
+        return await asyncpg.connect(shard.dsn)
+
+    return connect
+
+
 @pytest.mark.parametrize(
     ("steps", "loaded"),
     [
@@ -107,11 +137,12 @@ async def test_a_range_that_went_and_came_back_is_loaded(
     cache, found = cache_of(keys), list[tuple[int, int]]()
     maps = Maps(1, "s0")
 
-    async def fill(_cache: Any, _payouts: Any, _feed: Any, _connect: Any, run: tuple[int, int]) -> None:
+    async def load(_cache: Any, _payouts: Any, _feed: Any, _connect: Any, loaded: Runs) -> None:
+        (run,) = loaded
         found.append(run)
         assert not [item.key for item in cache if run[0] <= slot(item.key) <= run[1]], "what was known of it is dropped first"
 
-    monkeypatch.setattr(moved, "fill", fill)
+    monkeypatch.setattr(moved, "fill", load)
     following = Moved("s0", cache, PayoutCache(PayoutSettings()), None, maps, None)  # type: ignore[arg-type]
     task = asyncio.create_task(following.run())
     try:
