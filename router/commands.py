@@ -30,7 +30,7 @@ from router.bodies import (
     check_payment_method,
     now_ms,
 )
-from router.inflight import InFlight
+from router.inflight import InFlight, is_awaited
 from router.macs import Macs
 from router.prefer import key_in_path, location, wait_s
 from router.views import payment_view
@@ -129,7 +129,7 @@ class Commands:
                     raise
                 payment = fresh
         self._in_flight.drive(self._driver, payment)
-        return await self._answer(request, payment, status, replayed=replayed)
+        return await self._answer(request, payment, status, replayed=replayed, refunds=kind == "refund")
 
     async def _row(self, request: Request) -> Payment:
         key = key_in_path(request)
@@ -138,10 +138,10 @@ class Commands:
             raise NotFound(f"there is no payment {key}")
         return payment
 
-    async def _answer(self, request: Request, payment: Payment, status: int, *, replayed: bool) -> web.Response:
-        payment = await self._in_flight.wait(payment, wait_s(request))
+    async def _answer(self, request: Request, payment: Payment, status: int, *, replayed: bool, refunds: bool) -> web.Response:
+        payment = await self._in_flight.wait(payment, wait_s(request), refunds=refunds)
         headers = {"Idempotent-Replayed": "true"} if replayed else {}
-        if not payment.settled or payment.refunds_asked:
+        if is_awaited(payment, refunds=refunds):
             return json_response(payment_view(payment), 202, {**headers, "Location": location(payment.key)})
         return json_response(payment_view(payment), 200 if replayed else status, headers)
 

@@ -52,7 +52,7 @@ class InFlight:
 
     def moved(self, payment: Payment) -> None:
         """Tell those who wait for this payment, when it is what they wait for: a move on the way would wake them in vain."""
-        if payment.key in self._waiting and not _is_awaited(payment):
+        if payment.key in self._waiting and payment.settled:
             self._wake(payment)
 
     def _wake(self, payment: Payment) -> None:
@@ -91,10 +91,11 @@ class InFlight:
                 self.drive(*again)
             self._wake(payment)  # from now on its callers have to look for themselves
 
-    async def wait(self, payment: Payment, timeout_s: float) -> Payment:
-        """The payment once it is settled or waits for the buyer or the merchant, else as it is after `timeout_s`."""
+    async def wait(self, payment: Payment, timeout_s: float, *, refunds: bool = False) -> Payment:
+        """The payment once it is settled or waits for the buyer or the merchant, else as it is after `timeout_s`. With `refunds` its
+        refunds are waited for, too."""
         deadline_s, first_looks_s = time.monotonic() + timeout_s, iter(FIRST_LOOKS_S)
-        while _is_awaited(payment) and (left_s := deadline_s - time.monotonic()) > 0:
+        while is_awaited(payment, refunds=refunds) and (left_s := deadline_s - time.monotonic()) > 0:
             future: asyncio.Future[Payment] = asyncio.get_running_loop().create_future()
             waiting = self._waiting.setdefault(payment.key, set())
             waiting.add(future)
@@ -127,6 +128,6 @@ class InFlight:
             runner.cancel()
 
 
-def _is_awaited(payment: Payment) -> bool:
-    """Whether who waits for the payment's outcome, or for a refund's, still waits."""
-    return not payment.settled or payment.refunds_asked
+def is_awaited(payment: Payment, *, refunds: bool) -> bool:
+    """Whether who waits for the payment's outcome, or also for its refunds', still waits."""
+    return not payment.settled or (refunds and payment.refunds_asked)

@@ -15,6 +15,7 @@ from oncepay.settings import Settings
 from shard.mover.errors import BeingRebuilt, MoveError, MoveTaken, NotDrained, RangeBusy
 from shard.store.evidence import prove
 from shard.store.leader import Leaders, Node
+from shard.store.sessions import watched
 
 LEADER_S = 10.0
 CONNECT_S = 5.0
@@ -51,7 +52,7 @@ class Side:
         postgres = self._settings.postgres
         user, password = (ROLE, postgres.mover_password) if mover else (postgres.superuser, postgres.superuser_password)
         try:
-            return await asyncpg.connect(
+            session = await asyncpg.connect(
                 host=node.host,
                 port=node.port,
                 user=user,
@@ -77,6 +78,7 @@ class Side:
             )
         except (*_LOST, asyncpg.PostgresError) as error:
             raise ShardUnavailable(f"{node.name} of shard {self.shard} can't be reached: {error!r}") from error
+        return watched(session)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[asyncpg.Connection]:

@@ -31,6 +31,7 @@ from oncepay.transition import Event, IntentSeen, move
 from shard.store.batch import Answer, Batcher, EntryView
 from shard.store.leader import Leaders
 from shard.store.rows import Put
+from shard.store.sessions import watched
 
 HOLD_S = 30.0
 """How long an operation is held through a fence or a failover before its caller hears 503."""
@@ -83,7 +84,7 @@ class Shards:
 
     async def connect(self, host: str, port: int) -> asyncpg.Connection:
         """A session with a node, in this process' role."""
-        return await asyncpg.connect(
+        session = await asyncpg.connect(
             host=host,
             port=port,
             user=self._role,
@@ -107,6 +108,7 @@ class Shards:
                 "enable_mergejoin": "off",
             },
         )
+        return watched(session)
 
     async def accept(self, payment: Payment, event: str = "accepted") -> tuple[Payment, bool]:
         """Commit a new row, or find the one that has the key already: `(the row, whether this call made it)`.

@@ -22,6 +22,8 @@ BULK_MIN = 8
 HITS_MIN = 3
 """A page of intents with fewer hits is the last one: single calls cost less from there on."""
 INTENT_PAGES_MAX = 10
+OURS = frozenset({Status.SUCCEEDED, Status.CANCELING, Status.CONFIRMING})
+"""No event of the intent tells of what is to be done here: a fee to be read, a cancel or a confirm that was never answered."""
 SLACK_S = 60
 EVENT_OVERLAP_S = 30
 """What was handed over must reach this close to now: an event is handed over only some seconds after it was made."""
@@ -125,8 +127,7 @@ class Bulk:
         result = Sorted([], [], [])
         for pending in due:
             quiet = self._covers(pending) and pending.key not in unsure and pending.tries not in SINGLE_AT
-            fee_open = pending.status in {Status.SUCCEEDED, Status.CANCELING}  # no event of the intent tells of these
-            (result.unchanged if quiet and not fee_open else result.left).append(pending)
+            (result.unchanged if quiet and pending.status not in OURS else result.left).append(pending)
         return result
 
     def _covers(self, pending: Pending) -> bool:

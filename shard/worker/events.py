@@ -26,7 +26,7 @@ from oncepay.logs import get_logger
 from oncepay.payment import Payment
 from oncepay.settings import Settings
 from oncepay.shardmap import ShardMap
-from oncepay.stripe_client import StripeRefused
+from oncepay.stripe_client import PAGE_MAX, StripeRefused
 from oncepay.stripe_objects import EventList, EventObject
 from shard.worker.lease import Holder, Seat
 
@@ -36,6 +36,7 @@ TYPES = HANDLED - {"charge.refunded"}
 """Read in the list. `charge.refunded` says nothing that the refund's own events don't."""
 PAGES_MAX = 20
 """Pages in one round; then the shards get what was read."""
+EVENTS_MAX = PAGES_MAX * PAGE_MAX
 START_S = 600
 """How far back the very first round looks: webhooks and polls have cared for all before."""
 HAND_S = 30.0
@@ -130,6 +131,9 @@ class EventReader:
             except OncepayError as error:
                 more = False
                 _log.warning("events not handed over", error=str(error))
+            except Exception:
+                more = False
+                _log.exception("events not handed over")
             BEHIND.set(time.monotonic() - handed_at_s)
             if not more:
                 await asyncio.sleep(self._pause_s)
@@ -169,12 +173,15 @@ class EventReader:
                     return found, True
                 after = page.data[0].id
             return found, False
-        before = ""
+        before, whole = "", True
         while True:  # from the newest back to the beginning, once in a deployment's life
             page = await self._stripe.events(types=TYPES, created_gte=cursor.since_s, starting_after=before)
             found += page.data
+            if len(found) > EVENTS_MAX:  # the oldest go over first, and the others follow their cursor
+                del found[:-EVENTS_MAX]
+                whole = False
             if not page.has_more or not page.data:
-                return found[::-1], True
+                return found[::-1], whole
             before = page.data[-1].id
 
     def _old_enough(self, events: Sequence[EventObject]) -> list[EventObject]:
@@ -194,7 +201,7 @@ class EventReader:
         for event in events:
             key = await key_of(head_of(event), self._owners, self._driver)
             if key:
-                own[self._current_map().range_of(slot(key)).shard].append(event)
+                own.setdefault(self._current_map().range_of(slot(key)).shard, []).append(event)
         results = await asyncio.gather(
             *(self._give(shard, HandOver(from_s, to_s, mine)) for shard, mine in own.items()), return_exceptions=True
         )

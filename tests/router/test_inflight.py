@@ -33,7 +33,7 @@ PAID = Payment(
 async def test_a_move_that_is_told_late_is_not_the_one_that_is_waited_for() -> None:
     in_flight = InFlight(cast(PaymentStore, None))
     asked = replace(PAID, version=10, progress=Progress(refunds=(Refund("r1", 100, (), 0),)))
-    waiting = asyncio.create_task(in_flight.wait(asked, 0.9))
+    waiting = asyncio.create_task(in_flight.wait(asked, 0.9, refunds=True))
     await asyncio.sleep(0)
     in_flight.moved(PAID)  # version 9, from before the refund was asked for
     await asyncio.sleep(0.01)
@@ -41,6 +41,16 @@ async def test_a_move_that_is_told_late_is_not_the_one_that_is_waited_for() -> N
     refunded = replace(PAID, version=11, amount_refunded=100)
     in_flight.moved(refunded)
     assert await waiting is refunded
+
+
+async def test_who_waits_for_the_payment_does_not_wait_for_a_refund() -> None:
+    in_flight = InFlight(cast(PaymentStore, None))
+    asked = replace(PAID, progress=Progress(refunds=(Refund("r1", 100, (), 0),)))
+    assert await in_flight.wait(asked, 30) is asked
+    waiting = asyncio.create_task(in_flight.wait(replace(asked, status=Status.CONFIRMING, version=1), 30))
+    await asyncio.sleep(0)
+    in_flight.moved(asked)
+    assert await asyncio.wait_for(waiting, 5) is asked
 
 
 async def test_callers_look_for_themselves_once_nobody_here_drives_the_payment(monkeypatch: pytest.MonkeyPatch) -> None:

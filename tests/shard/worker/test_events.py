@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator
-from typing import cast
+from typing import Any, cast
 
 import aiohttp
 import msgspec
@@ -177,6 +177,43 @@ async def test_a_long_list_is_read_page_by_page(account: Account) -> None:
     assert span.to_s == (await cursor(account)).until_s == account.got["s0"][0].to_s, "not all until then was read"
     assert not await account.reader.round()
     assert account.ids("s0") == [f"evt_{n}" for n in range(count + 1)]
+
+
+async def test_a_long_list_without_a_cursor_is_handed_over_in_pieces(account: Account) -> None:
+    """From its beginning: a shard takes so much at once, and who reads has so much memory."""
+    [mine] = keys_of("s0", 1)
+    count = PAGES_MAX * 100 + 50
+    for _ in range(count):
+        account.stripe.event(mine)
+    assert await account.reader.round(), "there is more"
+    assert account.ids("s0") == [f"evt_{n}" for n in range(PAGES_MAX * 100)]
+    assert (await cursor(account)).event == f"evt_{PAGES_MAX * 100 - 1}"
+    assert account.got["s0"][0].to_s == account.got["s0"][0].from_s, "not all until then was read"
+    assert not await account.reader.round()
+    assert account.ids("s0") == [f"evt_{n}" for n in range(count)]
+
+
+async def test_what_nobody_foresaw_ends_no_reading(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    [mine] = keys_of("s0", 1)
+    account.stripe.event(mine)
+    events, failed = account.stripe.events, asyncio.Event()
+
+    async def once(**query: Any) -> EventList:
+        if not failed.is_set():
+            failed.set()
+            raise ValueError("an answer that can't be read")
+        return await events(**query)
+
+    monkeypatch.setattr(account.stripe, "events", once)
+    monkeypatch.setattr(account.reader, "_pause_s", 0.05)
+    reading = asyncio.create_task(account.reader._read())
+    try:
+        async with asyncio.timeout(10):
+            while not account.ids("s0"):
+                await asyncio.sleep(0.02)
+    finally:
+        reading.cancel()
+    assert failed.is_set()
 
 
 async def test_an_event_is_handed_over_only_some_time_after_it_was_first_seen(account: Account) -> None:

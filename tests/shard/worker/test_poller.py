@@ -165,6 +165,19 @@ async def test_events_tell_which_old_ones_have_not_changed() -> None:
     assert not (await bulk.sort(old)).left, "what was looked at has no event any more"
 
 
+@pytest.mark.parametrize("status", [Status.CONFIRMING, Status.CANCELING, Status.SUCCEEDED])
+async def test_what_is_to_be_done_here_is_in_no_event(status: Status) -> None:
+    """A confirm that Stripe never got: nothing happens there, so nothing tells of it, and the payment must be driven on."""
+    clock, lists = Clock(10_000), Lists()
+    bulk, _ = bulk_for(lists, clock, ["k"])
+    bulk.handed(9_000, 9_990, [])
+    clock.now_s += 600
+    bulk.handed(9_990, clock.now_s - 10, [])
+    for tries in (3, 9, 40):
+        result = await bulk.sort([pending(status, tries, "k")])
+        assert [each.key for each in result.left] == ["k"]
+
+
 async def test_ten_thousand_of_which_one_in_a_hundred_changed_cost_a_hundred_calls() -> None:
     """Beside the reader's page or two of events for all shards: under 150 calls for 10,000 pending payments."""
     clock, lists = Clock(10_000), Lists()
