@@ -92,7 +92,7 @@ class InFlight:
             self._wake(payment)  # from now on its callers have to look for themselves
 
     async def wait(self, payment: Payment, timeout_s: float, *, refunds: bool = False) -> Payment:
-        """The payment once it is settled or waits for the buyer or the merchant, else as it is after `timeout_s`. With `refunds` its
+        """The payment once it is settled or waits for the buyer or the merchant, else as it is after `timeout_s`. `refunds`: its
         refunds are waited for, too."""
         deadline_s, first_looks_s = time.monotonic() + timeout_s, iter(FIRST_LOOKS_S)
         while is_awaited(payment, refunds=refunds) and (left_s := deadline_s - time.monotonic()) > 0:
