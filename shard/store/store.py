@@ -35,6 +35,8 @@ from shard.store.sessions import watched
 
 HOLD_S = 30.0
 """How long an operation is held through a fence or a failover before its caller hears 503."""
+LAST_LOOK_S = 2.0
+"""How long the row is asked for after that, where a change may have been committed."""
 RETRY_PAUSE_S = 0.05
 RETRY_PAUSE_MAX_S = 1.0
 MOVED_PAUSE_MAX_S = 0.25
@@ -124,9 +126,9 @@ class Shards:
         assert answer.payment is not None
         return answer.payment, answer.event == event  # a commit of ours whose outcome was unknown
 
-    async def get(self, key: str) -> Payment | None:
+    async def get(self, key: str, hold_s: float | None = None) -> Payment | None:
         """The row of `key`, behind the barrier."""
-        return (await self._held(key, lambda batcher: batcher.get(key))).payment
+        return (await self._held(key, lambda batcher: batcher.get(key), hold_s)).payment
 
     async def get_with_entries(self, key: str) -> tuple[Payment, tuple[EntryView, ...]] | None:
         """The row of `key` and its ledger entries, oldest first, from one snapshot behind the barrier."""
@@ -179,7 +181,7 @@ class Shards:
         try:
             answer = await self._held(put.payment.key, attempt)
         except OutcomeUnknown:
-            current = await self.get(put.payment.key)
+            current = await self.get(put.payment.key, LAST_LOOK_S)
             if current is None:
                 raise
         else:
@@ -203,18 +205,19 @@ class Shards:
         after = replace(moved_payment, version=payment.version + 1, updated_at_ms=now_ms)
         return Put(after, payment.version, event, entries, links)
 
-    def _held(self, key: Key | str, attempt: Callable[[Batcher], Awaitable[T]]) -> Awaitable[T]:
+    def _held(self, key: Key | str, attempt: Callable[[Batcher], Awaitable[T]], hold_s: float | None = None) -> Awaitable[T]:
         """Run `attempt` on the shard that owns `key`, held as `hold` holds."""
         slot = slot_of(key)
-        return self.hold(lambda: attempt(self.batcher(self.maps.current.range_of(slot).shard)))
+        return self.hold(lambda: attempt(self.batcher(self.maps.current.range_of(slot).shard)), hold_s)
 
-    async def hold(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Run `attempt`, and again after moves, failovers and unknown outcomes, for HOLD_S at most; then raise what it raised.
+    async def hold(self, attempt: Callable[[], Awaitable[T]], hold_s: float | None = None) -> T:
+        """Run `attempt`, and again after moves, failovers and unknown outcomes, for `hold_s` (HOLD_S) at most; then raise what it raised.
 
         What is attempted again must be safe to repeat: a new row, a compared update (a second one finds its version
         gone), a replacement or a read.
         """
-        deadline_s = time.monotonic() + HOLD_S
+        hold_s = HOLD_S if hold_s is None else hold_s
+        deadline_s = time.monotonic() + hold_s
         pause_s = RETRY_PAUSE_S
         while True:
             error: Exception
@@ -224,7 +227,7 @@ class Shards:
             except (NotOwner, OutcomeUnknown, ShardUnavailable, EtcdUnavailable) as problem:
                 error = problem
             except TimeoutError:
-                error = ShardUnavailable(f"no answer from the payment's shard in {HOLD_S:.0f} s")
+                error = ShardUnavailable(f"no answer from the payment's shard in {hold_s:.0f} s")
             if time.monotonic() + pause_s >= deadline_s:
                 raise error
             if isinstance(error, NotOwner):  # a range that is handed over: the new map tells where it goes on
