@@ -211,7 +211,7 @@ class Shards:
         return self.hold(lambda: attempt(self.batcher(self.maps.current.range_of(slot).shard)), hold_s)
 
     async def hold(self, attempt: Callable[[], Awaitable[T]], hold_s: float | None = None) -> T:
-        """Run `attempt`, and again after moves, failovers and unknown outcomes, for `hold_s` (HOLD_S) at most; then raise what it raised.
+        """Run `attempt`, and again after moves, failovers and unknown outcomes, for `hold_s` (HOLD_S); then raise what it raised.
 
         What is attempted again must be safe to repeat: a new row, a compared update (a second one finds its version
         gone), a replacement or a read.
