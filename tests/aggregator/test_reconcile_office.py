@@ -24,10 +24,10 @@ FIRST, LAST = dt.datetime(2026, 11, 1, tzinfo=dt.UTC), dt.datetime(2026, 11, 2, 
 
 @pytest.fixture
 async def database(aggregator_dsn: str) -> AsyncIterator[Database]:
-    dsn = aggregator_dsn.replace("postgres@", "oncepay_aggregator:a@")
-    async with Database(dsn) as made:
-        async with made.connection("work") as connection:
-            await connection.execute("delete from oncepay.reconciliations")
+    owner = await asyncpg.connect(aggregator_dsn)
+    await owner.execute("truncate oncepay.reconciliations, oncepay.reconciliation_differences")
+    await owner.close()
+    async with Database(aggregator_dsn.replace("postgres@", "oncepay_aggregator:a@")) as made:
         yield made
 
 
