@@ -247,7 +247,8 @@ _TEXTS: dict[str, tuple[Goal | None, str, str]] = {
     "finish": (
         "finished",
         "Delete what the former shard still has: no way back.",
-        "End the stream back, and delete what the former shard still has of the range.",
+        "End the stream back, and delete what the former shard still has of the range. A rollback that was begun is given up"
+        " so, too, up to its hand-over.",
     ),
     "abort": (
         "aborted",

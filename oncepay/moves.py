@@ -34,10 +34,12 @@ LAG_MAX_BYTES = 64 << 20
 _FROM: dict[Goal, frozenset[State]] = {
     "ready": frozenset({"plan", *BUSY, "ready"}),
     "reversible": frozenset({"ready", *FENCED, "reversible"}),
-    "finished": frozenset({"reversible", "finished"}),
+    "finished": frozenset({"reversible", *BUSY, "finished"}),
     "rolled_back": frozenset({"reversible", *BUSY, *FENCED, "rolled_back"}),
     "aborted": frozenset({"plan", *BUSY, "ready", *FENCED, "aborted"}),
 }
+_BACK: frozenset[Goal] = frozenset({"rolled_back", "finished"})
+"""What may follow a step of the rollback: until the hand-over the range is the target's, and can stay there."""
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -116,7 +118,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 def refusal(move: Move, goal: Goal) -> str:
     """Why a move can't be brought to `goal`; empty when it can."""
-    turned = move.back != (goal == "rolled_back") and move.state in BUSY | FENCED
+    turned = move.back != (goal in _BACK) and move.state in BUSY | FENCED
     if move.state in _FROM.get(goal, frozenset()) and not turned:
         return ""
     wants = {

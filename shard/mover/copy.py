@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack
 
 import asyncpg
 import msgspec
@@ -97,20 +98,19 @@ class Copier:
     async def run(self, on_chunk: Callable[[Copied], Awaitable[None]]) -> Copied:
         """Copy what is left. Raises Unavailable when a side went away: then run it again."""
         done = await self.copied()
-        source, target = await self._giver.open(), await self._taker.open()
-        try:
-            with self._taker.own_errors():
-                await self._set_up(target)
-                slots = max(1, int(self._pace.chunk(CHUNK_ROWS) / self._rows_per_slot))
-                while done.next_slot <= self._last:
-                    last = min(done.next_slot + slots - 1, self._last)
-                    rows, size = await self._chunk(source, target, done.next_slot, last)
-                    done = Copied(last + 1, done.rows + rows, done.bytes + size)
-                    await on_chunk(done)
-                    await self._throttle(target, rows)
-        finally:
-            source.terminate()
-            target.terminate()
+        with ExitStack() as sessions, self._taker.own_errors():
+            source = await self._giver.open()
+            sessions.callback(source.terminate)
+            target = await self._taker.open()
+            sessions.callback(target.terminate)
+            await self._set_up(target)
+            slots = max(1, int(self._pace.chunk(CHUNK_ROWS) / self._rows_per_slot))
+            while done.next_slot <= self._last:
+                last = min(done.next_slot + slots - 1, self._last)
+                rows, size = await self._chunk(source, target, done.next_slot, last)
+                done = Copied(last + 1, done.rows + rows, done.bytes + size)
+                await on_chunk(done)
+                await self._throttle(target, rows)
         return done
 
     async def _set_up(self, target: asyncpg.Connection) -> None:

@@ -48,6 +48,8 @@ NEAR_ROUNDS = 10
 
 UNSWITCHED: frozenset[Goal] = frozenset({"ready", "reversible", "aborted"})
 """Goals of moves whose range is the source's still."""
+SWITCHED: frozenset[Goal] = frozenset({"finished", "rolled_back"})
+"""Goals of moves whose range is the target's by now."""
 
 OnProgress = Callable[[Move], None]
 
@@ -120,6 +122,8 @@ class Journey:
         name = f"oncepay-mover {hold.move.id}"
         self._sides = {shard: Side(shard, mover.leaders, mover.settings, name) for shard in (hold.move.source, hold.move.target)}
         self._tables: tuple[Table, ...] = ()
+        self._stream_ended = False
+        """Whether the stream to the target is known to be gone."""
         self._saved_s = 0.0
         self._pace: list[tuple[float, int]] = []
 
@@ -181,7 +185,7 @@ class Journey:
         move = self.move
         wanted = {"planned": "plan"}.get(move.goal, move.goal)
         if move.goal == "reversible":
-            return move.state == "reversible"
+            return move.state == "reversible" and self._stream_ended
         return move.state == wanted
 
     async def _claim(self) -> None:
@@ -196,10 +200,14 @@ class Journey:
         move = self.move
         if move.state in FENCED:
             await self._after_a_fence()
+        elif move.goal == move.state == "reversible":
+            await self._end_stream()  # the switch was through, but cut off before this
         elif move.goal == "aborted" and move.state == "reversible":
             await self._switched_before()
         elif move.goal in UNSWITCHED and await self.target.owns(move.first, move.last):
-            await self._switched_before()  # the record is of a restored etcd: the streams are of after the switch
+            await self._switched_before()  # the record is of a restored etcd: the stream back is of after the switch
+        elif move.goal in SWITCHED and await self.source.owns(move.first, move.last):
+            await self._rolled_back_before()  # of a restored etcd, too
         elif move.goal == "aborted":
             await self._abort()
         elif move.goal == "finished":
@@ -225,11 +233,19 @@ class Journey:
     async def _switched_before(self) -> NoReturn:
         """The target has the range: what would come before the switch must not be done any more."""
         move = self.move
+        await self._end_stream()
         await self._hold.save(state="reversible", goal="reversible", eta_s=None)
         raise MoveStopped(
             f"the switch was through already: `oncepay reshard rollback {move.id}` brings the range back, "
             f"`oncepay reshard finish {move.id}` leaves it on {move.target}"
         )
+
+    async def _rolled_back_before(self) -> None:
+        """The source has the range back: nothing of it must be deleted there, and nothing is left to be brought."""
+        move = self.move
+        await self._clean_up_at_target()
+        if move.goal == "finished":
+            raise MoveStopped(f"the rollback was through already: the range is on {move.source}, and the move is over")
 
     async def _progress(self, fields: dict[str, object], *, force: bool = False) -> None:
         """Keep progress in the record now and then, and tell who watches. An operator's pause is noticed here."""
@@ -443,9 +459,14 @@ class Journey:
         await self._claim()
         if self.move.back:
             await self._clean_up_at_target()
-            return
+        else:
+            await self._end_stream()
+
+    async def _end_stream(self) -> None:
+        """The target has the range: nothing comes from the source any more, and no slot there has to keep its log."""
         stream = self._stream(back=False)
         await stream.drop(Changes(stream, self._tables).slot)
+        self._stream_ended = True
 
     async def _after_a_fence(self) -> None:
         """Another process left the range fenced, or handed over and not told: find out, and make it whole."""
@@ -489,16 +510,16 @@ class Journey:
             await stream.drop(Changes(stream, self._tables).slot)
         await self._drop_origin()
         await self._delete(self.target)
-        await self._hold.save(state="rolled_back", back=True, eta_s=None)
+        await self._hold.save(state="rolled_back", goal="rolled_back", back=True, eta_s=None)
 
     async def _finish(self) -> None:
-        """No way back: the source keeps nothing."""
+        """No way back: the source keeps nothing, of a rollback that was given up either."""
         for back in (True, False):
             stream = self._stream(back=back)
             await stream.drop(Changes(stream, self._tables).slot)
         await self._drop_origin()
         await self._delete(self.source)
-        await self._hold.save(state="finished", eta_s=None)
+        await self._hold.save(state="finished", back=False, eta_s=None)
 
     async def _abort(self) -> None:
         """The move was never made: the target keeps nothing."""

@@ -224,7 +224,10 @@ class Stream:
 
 
 async def drop_stale(side: Side, names: Sequence[str]) -> None:
-    """Drop slots that a former leader still has: nobody else does, and they would keep its log for ever."""
+    """Drop slots that a former leader still has: nobody else does, and they would keep its log for ever.
+
+    Only where a node follows another one: while etcd names no leader, the primary is visited as well.
+    """
     leader = side.leaders.current(side.shard)
     for node in side.leaders.nodes(side.shard):
         if node == leader:
@@ -234,7 +237,7 @@ async def drop_stale(side: Side, names: Sequence[str]) -> None:
             try:
                 await session.execute(
                     "select pg_drop_replication_slot(slot_name) from pg_replication_slots"
-                    " where slot_name = any ($1::text[]) and not synced and not active",
+                    " where pg_is_in_recovery() and slot_name = any ($1::text[]) and not synced and not active",
                     list(names),
                 )
             finally:

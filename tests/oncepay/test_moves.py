@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given as for_all
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from oncepay.moves import Goal, Move, State, even_moves, given, owned_runs, refusal, split
 from oncepay.shardmap import SLOTS, Range, ShardMap
@@ -111,6 +112,14 @@ def test_a_rollback_under_way_is_not_aborted() -> None:
     assert refusal(move, "aborted")
     assert refusal(move, "rolled_back") == ""
     assert (move.giver, move.taker) == ("s1", "s0")
+
+
+@pytest.mark.parametrize("state", ["copy", "catch_up", "verify"])
+def test_a_rollback_is_given_up_only_before_its_hand_over(state: State) -> None:
+    move = Move(id="m1", first=0, last=9, source="s0", target="s1", state=state, back=True)
+    assert refusal(move, "finished") == ""
+    assert refusal(replace(move, back=False), "finished"), "the source has the range"
+    assert refusal(replace(move, state="drain"), "finished"), "it may be nobody's"
 
 
 @pytest.mark.parametrize("state", ["copy", "catch_up", "verify", "drain"])

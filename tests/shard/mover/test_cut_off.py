@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from oncepay.errors import EtcdUnavailable
+from oncepay.errors import EtcdUnavailable, ShardUnavailable
 from oncepay.etcd import Etcd, Put
 from oncepay.moves import Goal, Move
 from oncepay.shardmap import MAP_KEY
@@ -246,6 +246,43 @@ async def test_a_record_from_before_the_switch_loses_nothing(world: World, goal:
     assert (await world.moving.run(move.id, "rolled_back")).state == "rolled_back"
     await whole(world, [*keys, *since], SOURCE)
     assert switched.state == "reversible"
+
+
+@pytest.mark.parametrize("error", [Killed, ShardUnavailable])
+async def test_a_switch_that_was_cut_off_at_its_end_leaves_no_stream(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """The record says `reversible` then, for days: a slot that nobody reads would keep the source's log all the while."""
+    move, keys = await ready(world)
+    once(monkeypatch, Stream, "drop", error)
+    if error is Killed:
+        with pytest.raises(Killed):
+            await world.moving.run(move.id, "reversible")
+        found, _ = await world.moving.records.get(move.id)
+        assert found.state == "reversible"
+    assert (await world.moving.run(move.id, "reversible")).state == "reversible"
+    assert [each for each in await world.left_over(move) if "oncepay_move_" in each] == []
+    assert f"{SOURCE}: oncepay_back_{move.id}" in await world.left_over(move)
+    await whole(world, keys, TARGET)
+
+
+@pytest.mark.parametrize("goal", ["rolled_back", "finished"])
+async def test_a_record_from_before_the_rollback_loses_nothing(world: World, goal: Goal) -> None:
+    """A restored etcd knows a move as it was: the source has the range back since, and nothing of it must go there."""
+    move, keys = await ready(world)
+    switched = await world.moving.run(move.id, "reversible")
+    await world.moving.run(move.id, "rolled_back")
+    await world.moving.records.change(move.id, state="reversible", goal="reversible", back=False, verified=switched.verified)
+    if goal == "finished":
+        with pytest.raises(MoveStopped, match=f"the range is on {SOURCE}"):
+            await world.moving.run(move.id, goal)
+    else:
+        await world.moving.run(move.id, goal)
+    found, _ = await world.moving.records.get(move.id)
+    assert (found.state, found.goal) == ("rolled_back", "rolled_back")
+    assert await world.left_over(move) == []
+    assert not any((await world.rows(TARGET)).values())
+    await whole(world, keys, SOURCE)
 
 
 def test_a_check_slot_has_a_name_of_its_own() -> None:
