@@ -8,7 +8,7 @@ import time
 CHUNKS_A_SECOND = 8
 """A slow move takes smaller chunks: what it does at once shouldn't be felt."""
 CHUNK_ROWS_MIN = 500
-REST = 1.0
+REST = 1.5
 """A move with a rate rests at least so many times as long as its last rows took, as gh-ost does with `--nice-ratio`: where the
 machines are busy with payments, rows take longer, and the move leaves them more."""
 REST_MAX_S = 2.0
