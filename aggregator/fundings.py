@@ -37,7 +37,7 @@ class Fundings:
             pause_s = LOOK_S
             try:
                 await self._read()
-            except (OncepayError, ValueError) as error:  # a value that can't be read as money
+            except OncepayError as error:
                 pause_s = RETRY_S
                 _log.warning("fundings not read", error=repr(error))
             await asyncio.sleep(pause_s)
@@ -48,12 +48,16 @@ class Fundings:
         cursor = found.value.decode() if found is not None else ""
         while True:
             page = await self._tipalti.fundings_after(cursor)
-            new = [item for item in page.items if item.id not in self._seen]
-            await asyncio.gather(*(self._book(i.id, i.amount.currency.lower(), i.amount.minor()) for i in new))
-            self._seen.update(item.id for item in new)
-            if page.nextCursor is None:
+            for funding, why in page.unreadable:  # the others don't wait for it; the reconciliation names it
+                if funding not in self._seen:
+                    _log.error("a funding can't be read", funding=funding, problem=why)
+            new = [item for item in page.items if item.funding not in self._seen]
+            await asyncio.gather(*(self._book(item.funding, item.currency, item.amount) for item in new))
+            self._seen.update(item.funding for item in new)
+            self._seen.update(funding for funding, _ in page.unreadable)
+            if page.cursor is None:
                 return
-            cursor = page.nextCursor
+            cursor = page.cursor
             await self._etcd.put(CURSOR_KEY, cursor.encode())
             self._seen.clear()
 

@@ -82,11 +82,14 @@ def show_ending(console: Console, result: dict[str, Any]) -> None:
         _statement(console, result["statement"])
     reconciliation = result["reconciliation"]
     checked = reconciliation["checked"]
-    counts = f"{checked.get('transactions', 0):,} transactions at Stripe, {checked.get('bank_payouts', 0):,} payouts to the bank"
+    counts = (
+        f"{checked.get('transactions', 0):,} transactions at Stripe, {checked.get('bank_payouts', 0):,} payouts to the bank,"
+        f" {checked.get('tipalti_payments', 0):,} payments at Tipalti"
+    )
     if reconciliation["ok"]:
         console.print(f"[bold green]✓ reconciled[/bold green]: {counts}, no difference")
         return
-    console.print(f"[bold red]✗ {len(reconciliation['differences'])} differences to Stripe[/bold red] ({counts})")
+    console.print(f"[bold red]✗ {len(reconciliation['differences'])} differences to Stripe and Tipalti[/bold red] ({counts})")
     for found in reconciliation["differences"][:10]:
         console.print(f"  {found['kind']} {found['transaction'] or found['entry']}: {found['cause']}")
 

@@ -30,7 +30,7 @@ COMMANDS = {
     "config": Entry("cli.config", "config", "Show and check the settings."),
     "doctor": Entry("cli.doctor", "doctor", "Say what is wrong here, and what to do."),
     "aggregator": Entry("cli.aggregator", "aggregator", "Look after the derived data: status, rebuild."),
-    "reconcile": Entry("cli.reconcile", "reconcile", "Compare Stripe's books with ours, both ways."),
+    "reconcile": Entry("cli.reconcile", "reconcile", "Compare Stripe's and Tipalti's books with ours, both ways."),
     "verify": Entry("cli.verify", "verify", "Check every promise from outside, row by row."),
     "chaos": Entry("cli.chaos", "chaos", "Break something on purpose, and see that nothing is lost."),
     "demo": Entry("cli.demo", "demo", "Replay 6,919 real purchases on a cluster of its own, and verify."),

@@ -1,4 +1,4 @@
-"""`oncepay reconcile`: Stripe's books against ours, both ways."""
+"""`oncepay reconcile`: Stripe's and Tipalti's books against ours, both ways."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ReconciliationFailed(OncepayError):
     slug = "reconciliation-failed"
 
 
-@click.command(short_help="Compare Stripe's books with ours, both ways.")
+@click.command(short_help="Compare Stripe's and Tipalti's books with ours, both ways.")
 @click.option("--from", "first", type=DAY, help="First day (UTC), inclusive. By default the day before `--to`.")
 @click.option("--to", "last", type=DAY, help="Last day (UTC), inclusive; today by default.")
 @click.option(
@@ -48,10 +48,11 @@ def reconcile(
     dry_run: bool,
     output: str,
 ) -> None:
-    """Compare Stripe's balance transactions and payouts to the bank with the ledger's entries, both ways.
+    """Compare Stripe's balance transactions and payouts to the bank with the ledger's entries, both ways; and Tipalti's payments
+    and fundings with the payouts and theirs.
 
-    What no payment caused (payouts to the bank, Stripe's adjustments and fees) is booked first. Every difference is named with
-    its likely cause and what to do; exit code 1 when there is one. It also runs daily by itself.
+    What no payment caused (payouts to the bank, Stripe's adjustments and fees, money from the bank to Tipalti) is booked first.
+    Every difference is named with its likely cause and what to do; exit code 1 when there is one. It also runs daily by itself.
 
     \b
     Example:
@@ -127,7 +128,7 @@ async def reconciled(
 
 
 class _bar:
-    """`with _bar(quiet=…) as advance`: how many of Stripe's transactions have been read, on standard error."""
+    """`with _bar(quiet=…) as advance`: how much of Stripe's and Tipalti's lists has been read, on standard error."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -138,7 +139,7 @@ class _bar:
         from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = SpinnerColumn(), TextColumn("Stripe's balance transactions"), MofNCompleteColumn(), TimeElapsedColumn()
+        columns = SpinnerColumn(), TextColumn("transactions of Stripe's and Tipalti's"), MofNCompleteColumn(), TimeElapsedColumn()
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
         task = self._progress.add_task("read", total=None)
         self._progress.start()

@@ -87,7 +87,10 @@ AT_TIPALTI: dict[str, PayoutStatus] = {
 
 
 class PaymentView(msgspec.Struct, frozen=True):
-    """A payment as Tipalti showed it. Amounts in minor units; `status` is Tipalti's own word, `payment` its id."""
+    """A payment as Tipalti showed it. Amounts in minor units; `status` is Tipalti's own word, `payment` its id.
+
+    `submitted_s` and `changed_s` (when its state changed last) are seconds since 1970, 0 where Tipalti doesn't say.
+    """
 
     payment: str
     ref_code: str
@@ -97,6 +100,8 @@ class PaymentView(msgspec.Struct, frozen=True):
     fee: int = 0
     fee_currency: str = ""
     reason: str = ""
+    submitted_s: int = 0
+    changed_s: int = 0
 
     @property
     def known(self) -> PayoutStatus | None:

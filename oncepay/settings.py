@@ -119,8 +119,8 @@ class EventSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReconcileSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Reconciliation with Stripe: daily from the hour `daily_at_utc_h` on (-1: not by itself), the last `days` whole UTC days,
-    and those since the last daily run that was done.
+    """Reconciliation with Stripe and Tipalti: daily from the hour `daily_at_utc_h` on (-1: not by itself), the last `days` whole
+    UTC days, and those since the last daily run that was done.
 
     What is younger than `grace_s` may still be on its way, and is no difference yet.
     """

@@ -10,9 +10,9 @@ import asyncio
 import hashlib
 import hmac
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Generic, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -24,12 +24,15 @@ from oncepay.payout import PaymentView, Payout
 from oncepay.settings import TipaltiSettings
 from oncepay.tipalti_objects import (
     BatchObject,
-    FundingPage,
+    FundingObject,
+    FundingView,
     InstructionObject,
     LineObject,
     PayeeObject,
     PayeePage,
+    PaymentObject,
     PaymentPage,
+    RawPage,
     TokenObject,
     amount_object,
 )
@@ -51,6 +54,7 @@ STAMP_DIGITS_MAX = 12
 CALLS = Counter("oncepay_tipalti_calls_total", "Calls to Tipalti.", ["call", "outcome"])
 SECONDS = Histogram("oncepay_tipalti_call_seconds", "Calls to Tipalti.", ["call"])
 
+S = TypeVar("S")
 T = TypeVar("T")
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 
@@ -68,6 +72,10 @@ class TipaltiRefused(OncepayError):
     slug = "tipalti-refused"
 
 
+class _OnlyId(msgspec.Struct):
+    id: str
+
+
 class _TokenOver(TipaltiUnavailable):
     """Tipalti doesn't take the access token any more. Nothing was done."""
 
@@ -77,6 +85,14 @@ class TipaltiOff(OncepayError):
 
     status = 409
     slug = "tipalti-off"
+
+
+class Listed(msgspec.Struct, Generic[T]):
+    """A page of a list. `unreadable`: ids, and why. `cursor` leads on; None at the end."""
+
+    items: list[T]
+    unreadable: list[tuple[str, str]]
+    cursor: str | None
 
 
 class TipaltiClient:
@@ -119,21 +135,35 @@ class TipaltiClient:
 
     async def payments(self, ref_codes: Sequence[str]) -> dict[str, PaymentView]:
         """What Tipalti knows of these reference codes, at most LOOK_MAX of them."""
+        return {view.ref_code: view for view in await self.payments_of(ref_codes)}
+
+    async def payments_of(self, ref_codes: Sequence[str]) -> list[PaymentView]:
+        """All payments with these reference codes, at most LOOK_MAX of them. There should be one of each."""
         assert 1 <= len(ref_codes) <= LOOK_MAX
         page = _decoded(await self._read("look", "/payments", _among("refCode", ref_codes)), PaymentPage)
         try:
-            return {item.refCode: item.view() for item in page.items}
+            return [item.view() for item in page.items]
         except ValueError as error:
             raise TipaltiUnavailable(f"a payment that can't be read: {error}") from error
 
-    async def payments_after(self, cursor: str = "", limit: int = BATCH_MAX) -> tuple[list[PaymentView], str | None]:
-        """A page of all payments, oldest first, and the cursor of the next."""
+    async def payments_after(self, cursor: str = "", limit: int = BATCH_MAX) -> Listed[PaymentView]:
+        """A page of all payments, oldest first."""
+        return await self._listed("list", "/payments", cursor, limit, PaymentObject, PaymentObject.view)
+
+    async def fundings_after(self, cursor: str = "", limit: int = BATCH_MAX) -> Listed[FundingView]:
+        """A page of what came to the balance from the bank, oldest first."""
+        return await self._listed("fundings", "/fundings", cursor, limit, FundingObject, FundingObject.view)
+
+    async def _listed(self, call: str, path: str, cursor: str, limit: int, kind: type[S], view: Callable[[S], T]) -> Listed[T]:
         query = {"limit": str(limit)} | ({"cursor": cursor} if cursor else {})
-        page = _decoded(await self._read("list", "/payments", query), PaymentPage)
-        try:
-            return [item.view() for item in page.items], page.nextCursor
-        except ValueError as error:
-            raise TipaltiUnavailable(f"a payment that can't be read: {error}") from error
+        page = _decoded(await self._read(call, path, query), RawPage)
+        found = Listed[T]([], [], page.nextCursor if page.items and page.nextCursor != cursor else None)
+        for item in page.items:
+            try:
+                found.items.append(view(msgspec.json.decode(item, type=kind)))
+            except (msgspec.DecodeError, ValueError) as error:
+                found.unreadable.append((_id_of(item), str(error)))
+        return found
 
     async def payees(self, names: Iterable[str]) -> dict[str, PayeeObject]:
         """The payees, by the names asked for (the payer's own ids, else Tipalti's). Those that it doesn't know are absent."""
@@ -159,11 +189,6 @@ class TipaltiClient:
         """Make a payee; it is payable when its onboarding at Tipalti is over. Raises TipaltiRefused when it is there."""
         body = _encode({"refCode": ref_code, "name": name or ref_code} | ({"email": email} if email else {}))
         return _decoded(await self._call("create_payee", "POST", "/payees", body=body), PayeeObject)
-
-    async def fundings_after(self, cursor: str = "", limit: int = BATCH_MAX) -> FundingPage:
-        """A page of what came to the balance from the bank, oldest first."""
-        query = {"limit": str(limit)} | ({"cursor": cursor} if cursor else {})
-        return _decoded(await self._read("fundings", "/fundings", query), FundingPage)
 
     async def verified(self, notification: bytes) -> bool:
         """Send a notification's raw body back: whether Tipalti sent it."""
@@ -273,6 +298,13 @@ def _chunks(values: Sequence[str]) -> Iterator[list[str]]:
 def _among(field: str, values: Sequence[str]) -> dict[str, str]:
     quoted = ",".join('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values)
     return {"filter": f"{field}=in=({quoted})", "limit": str(BATCH_MAX)}
+
+
+def _id_of(item: msgspec.Raw) -> str:
+    try:
+        return msgspec.json.decode(item, type=_OnlyId).id
+    except msgspec.DecodeError:
+        return "?"
 
 
 def _decoded(body: bytes, kind: type[T]) -> T:

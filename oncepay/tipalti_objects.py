@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 import msgspec
 
@@ -36,6 +38,26 @@ def amount_object(amount_minor: int, currency: str) -> AmountObject:
     return AmountObject(Decimal(amount_minor).scaleb(-EXPONENTS[currency]), currency.upper())
 
 
+MILLISECONDS_FROM = 10**11
+"""A number of at least so much is in milliseconds: as seconds it would be in the year 5138."""
+
+
+def moment_s(value: object) -> int:
+    """Whole seconds since 1970 of a time in an answer: a number of seconds or milliseconds since then, or ISO 8601.
+
+    0 where there is none, or it can't be read. A time without a zone is UTC.
+    """
+    if isinstance(value, str):
+        try:
+            found = dt.datetime.fromisoformat(value)
+            return max(0, int((found if found.tzinfo else found.replace(tzinfo=dt.UTC)).timestamp()))
+        except (ValueError, OverflowError):
+            return 0
+    if not isinstance(value, int | float) or not 0 < value < MILLISECONDS_FROM * 1000:
+        return 0
+    return int(value / 1000 if value >= MILLISECONDS_FROM else value)
+
+
 class InstructionObject(msgspec.Struct):
     """A line of a batch."""
 
@@ -65,25 +87,29 @@ class PaymentObject(msgspec.Struct):
     """A payment order."""
 
     id: str
-    refCode: str
     status: str
     amountSubmitted: AmountObject
+    refCode: str | None = None
     payerFees: AmountObject | None = None
     payeeId: str = ""
     reason: str | None = None
+    submittedDate: Any = None
+    statusChangedDate: Any = None
 
     def view(self) -> PaymentView:
         """As the core knows it. Raises ValueError for an amount that can't be."""
         fee, submitted = self.payerFees, self.amountSubmitted
         return PaymentView(
             payment=self.id,
-            ref_code=self.refCode,
+            ref_code=self.refCode or "",
             status=self.status,
             amount=submitted.minor(),
             currency=submitted.currency.lower(),
             fee=fee.minor() if fee else 0,
             fee_currency=fee.currency.lower() if fee else "",
             reason=self.reason or "",
+            submitted_s=moment_s(self.submittedDate),
+            changed_s=moment_s(self.statusChangedDate),
         )
 
 
@@ -102,13 +128,26 @@ class PayeeObject(msgspec.Struct):
         return "" if self.isPayable else ", ".join(self.notPayableReasons) or self.status or "not payable"
 
 
+class FundingView(msgspec.Struct, frozen=True):
+    """A funding as the core knows it: `amount` in minor units of `currency`, `created_s` since 1970 (0: not told)."""
+
+    funding: str
+    currency: str
+    amount: int
+    created_s: int
+
+
 class FundingObject(msgspec.Struct):
     """Money that came to the payer's balance from its bank (negative: went back)."""
 
     id: str
     amount: AmountObject
     type: str = ""
-    createdDate: int = 0
+    createdDate: Any = None
+
+    def view(self) -> FundingView:
+        """Raises ValueError for an amount that can't be."""
+        return FundingView(self.id, self.amount.currency.lower(), self.amount.minor(), moment_s(self.createdDate))
 
 
 class PaymentPage(msgspec.Struct):
@@ -118,17 +157,17 @@ class PaymentPage(msgspec.Struct):
     nextCursor: str | None = None
 
 
+class RawPage(msgspec.Struct):
+    """A page whose items are read one by one: one of them may be such as nobody expects."""
+
+    items: list[msgspec.Raw]
+    nextCursor: str | None = None
+
+
 class PayeePage(msgspec.Struct):
     """A page of payees."""
 
     items: list[PayeeObject]
-    nextCursor: str | None = None
-
-
-class FundingPage(msgspec.Struct):
-    """A page of fundings, oldest first."""
-
-    items: list[FundingObject]
     nextCursor: str | None = None
 
 

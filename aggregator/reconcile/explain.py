@@ -57,4 +57,48 @@ KINDS: dict[str, Explanation] = {
         "the transaction couldn't be booked: its shard was away, or refused it",
         "run the reconciliation again; when it stays, see the aggregator's log",
     ),
+    "tipalti_not_compared": Explanation(
+        "Tipalti gave no usable answer, so its payments were compared with nothing; Stripe's half is whole",
+        "run the reconciliation again; when it stays, see the aggregator's log and the credentials",
+    ),
+    "unreadable": Explanation(
+        "a payment or a funding in Tipalti's list that can't be read, as in a currency that isn't known here",
+        "look it up in Tipalti's pages: who ordered it? It is compared with nothing",
+    ),
+    "payment_without_payout": Explanation(
+        "a payment at Tipalti whose reference code is of no payout: it was made past this platform, or a row was lost",
+        "find out who ordered it (Tipalti's pages show the batch); have it stopped or returned there, or find its payout's shard",
+    ),
+    "paid_twice": Explanation(
+        "several payments at Tipalti have the reference code of one payout",
+        "have all but one stopped or returned at Tipalti at once; then ask Tipalti how it could take the code twice",
+    ),
+    "payout_differs": Explanation(
+        "the payment at Tipalti is of another amount or currency than the payout",
+        "have it stopped at Tipalti while it isn't paid; compare who was told what. A correction is a new entry",
+    ),
+    "payout_net_differs": Explanation(
+        "what is posted on tipalti:clearing for the payout isn't what its payment's state and fee at Tipalti come to",
+        "does the shard's worker look at it? Compare the payout's entries with the payment; a correction is a new entry",
+    ),
+    "payout_not_at_tipalti": Explanation(
+        "the payout was committed or told to Tipalti, and Tipalti has no payment with its reference code",
+        "while it is created or submitting its worker tells Tipalti when it can; else: are the credentials another account's?",
+    ),
+    "posted_without_payout": Explanation(
+        "an entry on tipalti:clearing is of no payout and of no funding",
+        "the books were written past this platform, or the payout's row was lost: find its shard",
+    ),
+    "funding_not_booked": Explanation(
+        "money came to the balance at Tipalti from the bank, or went back, and nothing is booked for it",
+        "its shard was away, or refused it: run the reconciliation again; when it stays, see the aggregator's log",
+    ),
+    "funding_differs": Explanation(
+        "what is booked for money from the bank to Tipalti isn't what Tipalti shows",
+        "compare both; a correction is a new entry",
+    ),
+    "funding_not_at_tipalti": Explanation(
+        "an entry is booked as money from the bank to Tipalti, which Tipalti doesn't have",
+        "are the credentials of another account in the settings? Else the books were written past this platform",
+    ),
 }

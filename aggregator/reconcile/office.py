@@ -1,6 +1,6 @@
 """When reconciliations run: when asked, and daily by themselves; one at a time, however many aggregators there are.
 
-Stripe and the shards are connected for a run only, so that an aggregator that waits for the next day costs nothing.
+Stripe, Tipalti and the shards are connected for a run only, so that an aggregator that waits for the next day costs nothing.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ class Office:
         from aggregator.reconcile.books import ShardBooks
         from aggregator.reconcile.run import Run
         from oncepay.stripe_client import StripeGateway
+        from oncepay.tipalti_client import TipaltiClient
         from shard.store.store import Shards
 
         began_s, run, problem = time.monotonic(), None, None
@@ -149,8 +150,11 @@ class Office:
         try:
             budget.start()
             await store.start()
-            async with StripeGateway(settings.stripe, budget) as stripe:
-                run = Run(name, first, last, stripe=stripe, books=ShardBooks(store, actor), connect=self._connect, grace=grace)
+            async with StripeGateway(settings.stripe, budget) as stripe, TipaltiClient(settings.tipalti) as tipalti:
+                run = Run(
+                    name, first, last, stripe=stripe, books=ShardBooks(store, actor), connect=self._connect, grace=grace,
+                    tipalti=tipalti if tipalti.on else None,
+                )  # fmt: skip
                 await run.whole()
         except (OncepayError, asyncpg.PostgresError) as error:
             problem = str(error) or type(error).__name__

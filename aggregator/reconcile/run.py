@@ -1,4 +1,5 @@
-"""One reconciliation: read Stripe's lists, book what no payment caused, compare both ways, and name what differs.
+"""One reconciliation: read Stripe's lists, book what no payment caused, compare both ways, and name what differs; then the same
+with Tipalti's (`tipalti.py`).
 
 Everything is compared in the database, one span of time after the other, so that memory holds a page of Stripe's list and
 a page of results whatever the period.
@@ -17,9 +18,11 @@ import asyncpg
 
 from aggregator import queries
 from aggregator.reconcile.ledger import Connect, bank_payouts, keep, read_transactions, spans
+from aggregator.reconcile.tipalti import TipaltiRun
 from oncepay.errors import OncepayError, StripeUnavailable
 from oncepay.logs import get_logger
 from oncepay.stripe_client import StripeGateway, StripeRefused
+from oncepay.tipalti_client import TipaltiClient, TipaltiRefused, TipaltiUnavailable
 
 SQL = queries.load("reconcile.sql")
 OF_PAYMENTS = (
@@ -38,6 +41,7 @@ FEED_WAIT_S = 30.0
 """How long a run waits for the feed to bring what it has booked."""
 FEED_PAUSE_S = 0.1
 NOTE_S = 1.0
+DETAIL_MAX = 500
 FAILED = ("failed", "canceled")
 
 _log = get_logger("reconcile")
@@ -54,26 +58,38 @@ class Books(Protocol):
         """The key and the state of the payment whose row names the intent. Raises OncepayError."""
         ...
 
+    async def book_funding(self, funding: str, currency: str, amount: int) -> str:
+        """Commit the entry of money from the bank to Tipalti: `booked`, `same` or `differs`. Raises OncepayError."""
+        ...
+
+    async def has_payout(self, ref_code: str) -> bool:
+        """Whether any shard has a payout with this reference code. Raises OncepayError."""
+        ...
+
 
 class Run:
-    """One run over [first, last). `grace` is how long Stripe, the workers and the feed may take for what is new."""
+    """One run over [first, last). `grace` is how long Stripe, Tipalti, the workers and the feed may take for what is new.
+
+    Without `tipalti` payouts are compared with nothing: they are booked by hand.
+    """
 
     def __init__(
         self, name: str, first: dt.datetime, last: dt.datetime, *, stripe: StripeGateway, books: Books, connect: Connect,
-        grace: dt.timedelta,
+        grace: dt.timedelta, tipalti: TipaltiClient | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.first = first
         self.last = last
         self.checked: Counter[str] = Counter()
         self._stripe = stripe
+        self._tipalti = tipalti
         self._books = books
         self._connect = connect
         self._settled = dt.datetime.now(dt.UTC) - grace
         self._noted_s = 0.0
 
     async def whole(self) -> None:
-        """All of it, in order. Raises StripeUnavailable, or what the database raises."""
+        """All of it, in order. Raises StripeUnavailable, or what the database raises. That Tipalti is away is a difference."""
         await self._read()
         await self._book()
         await self._check_bank()
@@ -81,6 +97,16 @@ class Run:
             await self._compare(*span)
         await self._look_up()
         await self._explain()
+        if self._tipalti is not None:
+            half = TipaltiRun(
+                self.name, self.first, self.last, tipalti=self._tipalti, books=self._books, connect=self._connect,
+                settled=self._settled, checked=self.checked, note=self._note,
+            )  # fmt: skip
+            try:
+                await half.whole()
+            except (TipaltiUnavailable, TipaltiRefused) as error:
+                _log.error("not compared with Tipalti", error=str(error))
+                await self._differ("tipalti_not_compared", detail=str(error)[:DETAIL_MAX])
         await self._note(now=True)
 
     async def _read(self) -> None:

@@ -22,7 +22,9 @@ MARK_EVERY_S = 1.0
 OPEN_S = 0.25
 IDLE_MAX = "5s"
 LOOK_BACK_S = 15.0
-"""A backlog that has not become less in this time is let through: the payments of the range bring as much as the spells take."""
+"""Where the backlog has not become less in this time, the range's payments bring as much as the spells take: rests are halved."""
+REST_MIN = 0.2
+"""After a rest of at most so many times the spell there is none: the backlog is let through."""
 
 _LOCK = "select beat from oncepay.move_marks where stream = $1 for update"
 
@@ -47,8 +49,8 @@ class Gate:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._session: asyncpg.Connection | None = None
-        self._lags: list[tuple[float, int]] = []
-        self.given_up = False
+        self._seen: tuple[float, float] | None = None
+        self.rest = REST
 
     async def __aenter__(self) -> Self:
         session = await self._stream.taker.open()
@@ -67,13 +69,12 @@ class Gate:
             self._session.terminate()
 
     async def turn(self) -> None:
-        """Leave it open for a spell, then shut it for `REST` times as long. Where the backlog doesn't shrink, it stays open from
-        then on."""
+        """Leave it open for a spell, then shut it for `rest` times as long: `REST`, and less where the backlog doesn't shrink."""
         await asyncio.sleep(OPEN_S)
-        # Not by the slot: with data always at hand the apply worker confirms them once in half a minute.
-        if self.given_up or self._stands(await self._stream.giver.position() - await self._stream.progress()):
-            return
-        await self.shut(OPEN_S * REST)
+        if self.rest:
+            self._look(await self._stream.behind_s())
+        if self.rest:
+            await self.shut(OPEN_S * self.rest)
 
     async def shut(self, seconds: float) -> None:
         """Hold the stream for a time. Raises OutcomeUnknown when the session is gone, and the stream goes on."""
@@ -83,11 +84,13 @@ class Gate:
                 await self._session.fetchval(_LOCK, self._stream.name)
                 await asyncio.sleep(seconds)
 
-    def _stands(self, lag_bytes: int) -> bool:
+    def _look(self, behind_s: float) -> None:
+        """Rest less when the stream is as far behind as `LOOK_BACK_S` ago. That is told in time, not in bytes: after a checkpoint
+        a payment is several times as much log as before it."""
         now_s = time.monotonic()
-        self._lags.append((now_s, lag_bytes))
-        then_s, before = self._lags[0]
+        self._seen = self._seen or (now_s, behind_s)
+        then_s, before_s = self._seen
         if now_s - then_s >= LOOK_BACK_S:
-            self.given_up = lag_bytes >= before
-            self._lags = self._lags[-1:]
-        return self.given_up
+            self._seen = now_s, behind_s
+            if behind_s >= before_s:
+                self.rest = self.rest / 2 if self.rest > REST_MIN else 0.0

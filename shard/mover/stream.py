@@ -41,6 +41,15 @@ from pg_subscription s join pg_stat_subscription_stats t on t.subid = s.oid wher
 """
 
 
+_NOW = "select (extract(epoch from clock_timestamp()) * 1000)::bigint as ms"
+_MARK = """
+update oncepay.move_marks set beat = greatest(beat + 1, (extract(epoch from clock_timestamp()) * 1000)::bigint)
+where stream = $1 returning beat
+"""
+"""A mark grows, and says when it was made, in milliseconds since 1970."""
+_MARKED = "select beat from oncepay.move_marks where stream = $1"
+
+
 class SlotState(msgspec.Struct, frozen=True):
     """Where a slot stands. `lag_bytes`: how much log it keeps that the other side has not confirmed."""
 
@@ -154,7 +163,14 @@ class Stream:
 
     async def mark(self) -> None:
         """Commit a mark, seen with the evidence: all before it is on the giver's quorum, and it will come in the stream."""
-        await self.giver.commit("update oncepay.move_marks set beat = beat + 1 where stream = $1 returning beat", self.name)
+        await self.giver.commit(_MARK, self.name)
+
+    async def behind_s(self) -> float:
+        """How long ago, by the giver's clock, the last mark was made that the taker has replayed."""
+        came, now = await self.taker.one(_MARKED, self.name), await self.giver.one(_NOW)
+        if came is None or now is None:
+            raise StreamLost(f"shard {self.taker.shard} has no mark of {self.name}")
+        return float(max(0, now["ms"] - came["beat"])) / 1000
 
     async def applied(self, position: int, timeout_s: float) -> None:
         """Return when the taker has replayed all up to `position`, and shows it.

@@ -20,9 +20,10 @@ from aggregator.reconcile.run import Run
 from oncepay.feed import LinkRow
 from oncepay.keys import transaction_key
 from oncepay.ledger import BalanceLink, Entry, Posting, exchange_entries, stripe_fee_entry, transaction_entries
-from oncepay.settings import StripeSettings
+from oncepay.settings import StripeSettings, TipaltiSettings
 from oncepay.stripe_client import StripeGateway, StripeRefused
 from oncepay.stripe_objects import ErrorObject
+from oncepay.tipalti_client import TipaltiClient
 from tests.aggregator.strategies import History, coded_rows, entry_row
 from tests.sandbox.process import KEY, StandIn, event_of, stripe_client
 
@@ -39,6 +40,12 @@ class OnlyTheseRows:
 
     async def book(self, transaction: str, currency: str, amount: int, fee: int, *, bank: bool) -> str:
         raise AssertionError(f"{transaction} was caused by a payment")
+
+    async def book_funding(self, funding: str, currency: str, amount: int) -> str:
+        raise AssertionError(f"{funding}: there is no Tipalti")
+
+    async def has_payout(self, ref_code: str) -> bool:
+        raise AssertionError(f"{ref_code}: there is no Tipalti")
 
     async def payment_of(self, intent: str) -> tuple[str, str] | None:
         return self.intents.get(intent)
@@ -114,7 +121,9 @@ async def shop(stand_in: StandIn, request: pytest.FixtureRequest) -> AsyncIterat
         yield Shop(client, packed=request.param == "packed")
 
 
-async def reconciled(shop: Shop, stand_in: StandIn, dsn: str, grace: dt.timedelta = dt.timedelta(0)) -> tuple[Found, Run]:
+async def reconciled(
+    shop: Shop, stand_in: StandIn, dsn: str, grace: dt.timedelta = dt.timedelta(0), tipalti: TipaltiClient | None = None
+) -> tuple[Found, Run]:
     """What a run finds, as {(kind, transaction or entry): row}."""
     connection = await asyncpg.connect(dsn)
     await connection.execute("truncate oncepay.reconciliations, oncepay.reconciliation_differences, oncepay.stripe_transactions")
@@ -133,7 +142,8 @@ async def reconciled(shop: Shop, stand_in: StandIn, dsn: str, grace: dt.timedelt
     await connection.execute(SQL["begin"], "rec", first, last, "test")
     settings = StripeSettings(base_url=stand_in.url, api_key=KEY)
     async with StripeGateway(settings) as stripe:
-        run = Run("rec", first, last, stripe=stripe, books=OnlyTheseRows(shop.intents), connect=connect, grace=grace)
+        books = OnlyTheseRows(shop.intents)
+        run = Run("rec", first, last, stripe=stripe, books=books, connect=connect, grace=grace, tipalti=tipalti)
         await run.whole()
     rows = await connection.fetch(SQL["differences"], "rec", 0, 100)
     await connection.close()
@@ -208,6 +218,19 @@ async def test_what_is_younger_than_the_grace_is_no_difference_yet(
     shop.book("key-alone", "", paid_entry(55, "usd", "ch_alone"), linked=False)
     assert (await reconciled(shop, stand_in, aggregator_dsn, dt.timedelta(hours=1)))[0] == {}
     assert len((await reconciled(shop, stand_in, aggregator_dsn))[0]) == 2
+
+
+@REAL
+async def test_that_tipalti_gives_no_answer_hides_nothing_of_stripes(
+    monkeypatch: pytest.MonkeyPatch, connection: asyncpg.Connection, aggregator_dsn: str, stand_in: StandIn, shop: Shop
+) -> None:
+    """And the run isn't one that failed, which would be made again and again."""
+    monkeypatch.setattr("oncepay.tipalti_client.PAUSE_S", 0.0)
+    _, _, nobody = await shop.charge(1234)
+    shop.intents.popitem()
+    async with TipaltiClient(TipaltiSettings(base_url="http://127.0.0.1:9", refresh_token="rt")) as tipalti:
+        found, _ = await reconciled(shop, stand_in, aggregator_dsn, tipalti=tipalti)
+    assert set(found) == {("money_without_row", nobody.id), ("tipalti_not_compared", None)}
 
 
 @REAL

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 from collections.abc import AsyncIterator, Iterator
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from oncepay.tipalti_client import (
     TipaltiUnavailable,
     check_signature,
 )
-from oncepay.tipalti_objects import AmountObject, amount_object
+from oncepay.tipalti_objects import AmountObject, FundingObject, PaymentObject, amount_object, moment_s
 from tests.sandbox.process import StandIn
 
 
@@ -136,3 +137,30 @@ def test_amounts_that_are_none() -> None:
     for amount, currency in (("1.005", "USD"), ("1", "XXX"), ("NaN", "USD"), ("Infinity", "USD")):
         with pytest.raises(ValueError, match=r"."):
             AmountObject(Decimal(amount), currency).minor()
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (1_796_083_200, 1_796_083_200),
+        (1_796_083_200_250, 1_796_083_200),
+        ("2026-12-01T00:00:00Z", 1_796_083_200),
+        ("2026-12-01T01:00:00.25+01:00", 1_796_083_200),
+        ("2026-12-01T00:00:00", 1_796_083_200),
+        ("2026-12-01", 1_796_083_200),
+        *(
+            (absent, 0)
+            for absent in (None, 0, {}, [1], "", "soon", -1, 10**30, float("nan"), float("inf"), "0001-01-01T00:00:00Z")
+        ),
+    ],
+)
+def test_times_are_read_in_whatever_form_they_come(value: object, seconds: int) -> None:
+    assert moment_s(value) == seconds
+
+
+def test_a_time_that_nobody_can_read_spoils_no_payment() -> None:
+    money = '{"amount": 1.00, "currency": "USD"}'
+    text = f'{{"id": "p", "refCode": "r", "status": "Paid", "amountSubmitted": {money}, "submittedDate": "2026-12-01T00:00:00Z"}}'
+    view = msgspec.json.decode(text, type=PaymentObject).view()
+    assert (view.submitted_s, view.changed_s, view.amount) == (1_796_083_200, 0, 100)
+    assert msgspec.json.decode(f'{{"id": "f", "amount": {money}, "createdDate": "?"}}', type=FundingObject).createdDate == "?"

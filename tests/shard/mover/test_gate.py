@@ -9,7 +9,7 @@ import pytest
 
 from oncepay.errors import OutcomeUnknown
 from oncepay.moves import Move
-from shard.mover.gate import LOOK_BACK_S, OPEN_S, Gate
+from shard.mover.gate import LOOK_BACK_S, OPEN_S, REST_MIN, Gate
 from shard.mover.pace import REST
 from shard.mover.stream import Stream
 from tests.shard.mover.conftest import TARGET, World, eventually
@@ -89,25 +89,20 @@ async def test_a_gate_whose_process_is_gone_or_frozen_is_open(world: World, monk
 
 
 class _Backlog:
-    """A stream that is `lag` bytes behind."""
+    """A stream that is `behind` seconds behind."""
 
     def __init__(self) -> None:
-        self.lag = 10_000_000
-        self.giver = self
+        self.behind = 300.0
 
-    async def position(self) -> int:
-        return 50_000_000
-
-    async def progress(self) -> int:
-        return 50_000_000 - self.lag
+    async def behind_s(self) -> float:
+        return self.behind
 
 
-async def test_a_backlog_that_does_not_shrink_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s, slept, held = [1000.0], [0.0], []
+async def test_rests_are_halved_while_a_backlog_does_not_shrink_and_then_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, held = [1000.0], []
 
     async def sleep(seconds: float) -> None:
         now_s[0] += seconds
-        slept[0] += seconds
 
     async def shut(_: Gate, seconds: float) -> None:
         held.append(seconds)
@@ -118,13 +113,36 @@ async def test_a_backlog_that_does_not_shrink_is_let_through(monkeypatch: pytest
     monkeypatch.setattr(Gate, "shut", shut)
     stream = _Backlog()
     gate = Gate(stream)  # type: ignore[arg-type]
-    rounds = round(4 * LOOK_BACK_S / (OPEN_S * (1 + REST)))
-    for _ in range(rounds):
-        stream.lag -= 1000
+    until_s = now_s[0] + 4 * LOOK_BACK_S
+    while now_s[0] < until_s:
+        stream.behind -= 0.01
         await gate.turn()
-    assert len(held) == rounds
-    for _ in range(rounds):
-        stream.lag += 1000
+    assert set(held) == {OPEN_S * REST}, "it shrinks"
+    held.clear()
+    began_s = now_s[0]
+    while gate.rest:
+        assert now_s[0] - began_s < 8 * LOOK_BACK_S
         await gate.turn()
-    assert gate.given_up
-    assert len(held) < 1.6 * rounds
+    steps = sorted(set(held), reverse=True)
+    assert steps == [OPEN_S * REST / 2**n for n in range(len(steps))]
+    assert steps[-1] <= OPEN_S * REST_MIN < steps[-2]
+    held.clear()
+    await gate.turn()
+    assert held == []
+
+
+async def test_how_far_behind_a_stream_is_does_not_depend_on_how_much_log_that_is(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, _ = await streaming(world, monkeypatch)
+    await stream.applied(await stream.giver.position(), 20)
+    assert await stream.behind_s() < 3.0
+    async with Gate(stream) as gate:
+        shut = asyncio.create_task(gate.shut(4.0))
+        await locked(world, stream)
+        await stream.mark()
+        await asyncio.sleep(2.0)
+        assert 1.9 < await stream.behind_s() < 10.0
+        await shut
+    await stream.applied(await stream.giver.position(), 20)
+    assert await stream.behind_s() < 1.5

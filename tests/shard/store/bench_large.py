@@ -250,8 +250,8 @@ async def on_disk(session: asyncpg.Connection) -> dict[str, Any]:
 async def measure(options: Any) -> dict[str, Any]:
     parameters = {
         "shared_buffers": options.shared_buffers, "max_wal_size": "16GB", "checkpoint_timeout": CHECKPOINT_TIMEOUT,
-        "max_connections": "20", "autovacuum_naptime": "15s", "maintenance_work_mem": "256MB", "wal_log_hints": "on",
-        "full_page_writes": options.full_pages,
+        "max_connections": "20", "autovacuum_naptime": "15s", "autovacuum_vacuum_cost_delay": "10ms",
+        "maintenance_work_mem": "256MB", "wal_log_hints": "on", "full_page_writes": options.full_pages,
     }  # fmt: skip
     with PostgresServer(fsync=True, parameters=parameters) as server:
         dsn = server.new_database()
