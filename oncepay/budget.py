@@ -19,7 +19,7 @@ import msgspec
 from prometheus_client import Counter, Gauge
 
 from oncepay.errors import EtcdUnavailable, OncepayError, StripeUnavailable
-from oncepay.etcd import Etcd, EtcdOutcomeUnknown, EtcdRefused, Mirror
+from oncepay.etcd import Etcd, EtcdOutcomeUnknown, EtcdRefused, Lease, Mirror
 from oncepay.etcd.types import KeyValue
 from oncepay.logs import get_logger
 from oncepay.settings import StripeSettings
@@ -212,8 +212,7 @@ class Budget:
         """Hold a leased key, by which the others see that this process lives; when the lease was lost, take another one."""
         while True:
             try:
-                lease = await self._etcd.grant_lease(LEASE_TTL_S)
-                await self._etcd.put(PREFIX + self._name, self._role.encode(), lease=lease.id)
+                lease = await self._registered()
             except (EtcdUnavailable, OncepayError) as error:
                 _log.warning("not registered for the rate budget", error=str(error))
                 await asyncio.sleep(RETRY_S)
@@ -224,6 +223,15 @@ class Budget:
                 async with asyncio.timeout(2):
                     await lease.revoke()
                 raise
+
+    async def _registered(self) -> Lease:
+        lease = await self._etcd.grant_lease(LEASE_TTL_S)
+        try:
+            await self._etcd.put(PREFIX + self._name, self._role.encode(), lease=lease.id)
+        except BaseException:  # a lease is kept alive for as long as the process lives
+            await lease.revoke()
+            raise
+        return lease
 
     def _changed(self, key: str, value: KeyValue | None) -> None:
         if key != RECORD:

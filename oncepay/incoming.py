@@ -10,7 +10,8 @@ from typing import Protocol
 import msgspec
 
 from oncepay.driver import Driver
-from oncepay.payment import Payment
+from oncepay.logs import get_logger
+from oncepay.payment import IntentView, Payment
 from oncepay.stripe_objects import DisputeObject, EventObject, IntentObject, ObjectHead, RefundObject
 
 TERMINAL = frozenset({"payment_intent.succeeded", "payment_intent.canceled"})
@@ -31,6 +32,7 @@ DISPUTES = frozenset(f"charge.dispute.{what}" for what in ("created", "updated",
 HANDLED = TERMINAL | LOOK | REFUNDS | DISPUTES
 """What an endpoint at Stripe has to be subscribed to."""
 
+_log = get_logger("events")
 _head = msgspec.json.Decoder(ObjectHead).decode
 _refund = msgspec.json.Decoder(RefundObject).decode
 _dispute = msgspec.json.Decoder(DisputeObject).decode
@@ -43,7 +45,7 @@ class ByIntent(Protocol):
 
 
 def head_of(event: EventObject) -> ObjectHead:
-    """The members by which the event's object is matched to a payment."""
+    """The members by which the event's object is matched to a payment. Raises msgspec.DecodeError."""
     return _head(event.data.object)
 
 
@@ -66,15 +68,18 @@ async def key_of(head: ObjectHead, store: ByIntent, driver: Driver) -> str:
 
 
 async def take_in(driver: Driver, payment: Payment, event: EventObject, head: ObjectHead) -> str:
-    """Commit what the event says of `payment`, whose row is behind the quorum; the outcome's name."""
+    """Commit what the event says of `payment`, whose row is behind the quorum; the outcome's name.
+
+    Events are of the account's API version, and not of the one that calls ask for: what can't be read is a reason to look.
+    """
     if payment.intent != intent_of(head):
         return "orphan"
     if event.type in REFUNDS or event.type in DISPUTES:
         await driver.look_after(payment.key, "refunds" if event.type in REFUNDS else "disputes", event.type)
         return "looked"
     if event.type in TERMINAL:
-        view = msgspec.json.decode(event.data.object, type=IntentObject).view()
-        if view.status == "canceled" or (view.status == "succeeded" and view.charge is not None):
+        view = _intent_view(event)
+        if view is not None and (view.status == "canceled" or (view.status == "succeeded" and view.charge is not None)):
             # Also when it is over: the event may contradict the row, and then that is said.
             after = await driver.see(payment, view, event.type)
             return "known" if after.version == payment.version else "applied"
@@ -86,8 +91,24 @@ async def take_in(driver: Driver, payment: Payment, event: EventObject, head: Ob
     return "looked"
 
 
+def _intent_view(event: EventObject) -> IntentView | None:
+    try:
+        return msgspec.json.decode(event.data.object, type=IntentObject).view()
+    except msgspec.DecodeError as error:
+        _log.error("event can't be read", event_id=event.id, type=event.type, error=str(error))
+        return None
+
+
 def is_known(payment: Payment, event: EventObject) -> bool:
     """Whether the row already has what an event of a refund or a dispute says, so that nobody has to look."""
+    try:
+        return _is_known(payment, event)
+    except msgspec.DecodeError as error:
+        _log.error("event can't be read", event_id=event.id, type=event.type, error=str(error))
+        return False
+
+
+def _is_known(payment: Payment, event: EventObject) -> bool:
     if event.type in DISPUTES:
         dispute = _dispute(event.data.object)
         known = next((each for each in payment.progress.disputes if each.id == dispute.id), None)

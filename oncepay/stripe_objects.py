@@ -159,7 +159,7 @@ class RefundObject(msgspec.Struct):
 
     id: str
     amount: int = 0
-    status: str = "pending"
+    status: str | None = None
     created: int = 0
     reason: str | None = None
     failure_reason: str | None = None
@@ -176,7 +176,7 @@ class RefundObject(msgspec.Struct):
         paid, returned = self.balance_transaction, self.failure_balance_transaction
         return RefundView(
             id=self.id,
-            status=STATUSES.get(self.status, "pending"),
+            status=STATUSES.get(self.status or "", "pending"),
             amount=self.amount,
             key=(self.metadata or {}).get("oncepay_refund", ""),
             reason=self.reason or "",

@@ -57,7 +57,7 @@ def refund_difference(refund: RefundObject, key: str, known: Progress) -> AfterD
     if mine is not None and REFUND_RANK[view.status] <= REFUND_RANK[mine.status]:
         return None
     kind: Kind = "refund"
-    about = (refund.id, key, refund.payment_intent or "", refund.status, mine.status if mine else None)
+    about = (refund.id, key, refund.payment_intent or "", refund.status or "unknown", mine.status if mine else None)
     return AfterDifference("behind" if mine else "missing", kind, *about, refund.amount, refund.created)
 
 

@@ -16,7 +16,7 @@ from oncepay.service import Service, decode, json_response, run
 from shard.worker.duty import Duty
 
 EVENTS_BYTES_MAX = 32 << 20
-"""The largest hand-over: twenty pages of a hundred events."""
+"""The largest hand-over: several times a part of the reader's, for one event that is larger."""
 EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 (compared with, not listened on)
 
 

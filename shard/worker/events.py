@@ -39,7 +39,11 @@ PAGES_MAX = 20
 EVENTS_MAX = PAGES_MAX * PAGE_MAX
 START_S = 600
 """How far back the very first round looks: webhooks and polls have cared for all before."""
+PART_BYTES_MAX = 8 << 20
+PART_EVENTS_MAX = 200
+"""What a shard gets at once, or one event that is larger."""
 HAND_S = 30.0
+"""How long a shard may take for a part."""
 
 READ = Counter("oncepay_worker_events_read", "Events read in the account's list.")
 HANDED = Counter("oncepay_worker_events_handed", "Events handed to shards, by outcome.", ["shard", "outcome"])
@@ -199,15 +203,28 @@ class EventReader:
         shards = self._current_map().shards()
         own: dict[str, list[EventObject]] = {shard: [] for shard in shards}
         for event in events:
-            key = await key_of(head_of(event), self._owners, self._driver)
+            try:
+                key = await key_of(head_of(event), self._owners, self._driver)
+            except msgspec.DecodeError as error:  # the same again would be no better, and all others wait behind it
+                _log.error("event can't be read", event_id=event.id, type=event.type, error=str(error))
+                HANDED.labels("", "unreadable").inc()
+                from_s = to_s  # these weren't all: no payment is taken for unchanged by them
+                continue
             if key:
                 own.setdefault(self._current_map().range_of(slot(key)).shard, []).append(event)
         results = await asyncio.gather(
-            *(self._give(shard, HandOver(from_s, to_s, mine)) for shard, mine in own.items()), return_exceptions=True
+            *(self._give_all(shard, from_s, to_s, mine) for shard, mine in own.items()), return_exceptions=True
         )
         failed = [result for result in results if isinstance(result, BaseException)]
         if failed:
             raise failed[0]
+
+    async def _give_all(self, shard: str, from_s: float, to_s: float, events: Sequence[EventObject]) -> None:
+        """In parts; only with the last one they are all up to `to_s`."""
+        *first, last = parts(events)
+        for part in first:
+            await self._give(shard, HandOver(from_s, from_s, part))
+        await self._give(shard, HandOver(from_s, to_s, last))
 
     async def _give(self, shard: str, batch: HandOver) -> None:
         record = await self._etcd.get(f"workers/{shard}")
@@ -226,3 +243,17 @@ class EventReader:
             raise HandOverFailed(f"{url} can't be reached: {error!r}") from error
         finally:
             HANDED.labels(shard, outcome).inc(len(batch.events))
+
+
+def parts(events: Sequence[EventObject]) -> list[list[EventObject]]:
+    """Events in pieces that a shard takes at once; one empty piece when there are none."""
+    pieces: list[list[EventObject]] = [[]]
+    size_bytes = 0
+    for event in events:
+        of_event_bytes = len(bytes(event.data.object))
+        if pieces[-1] and (size_bytes + of_event_bytes > PART_BYTES_MAX or len(pieces[-1]) == PART_EVENTS_MAX):
+            pieces.append([])
+            size_bytes = 0
+        pieces[-1].append(event)
+        size_bytes += of_event_bytes
+    return pieces

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import aiohttp
 import msgspec
@@ -33,6 +34,7 @@ RECHECK_S = 5.0
 KEEP_AGAIN_S = 5.0
 """How long after a failure the shard is asked again to keep that its feed was applied."""
 
+T = TypeVar("T")
 _log = get_logger("feed")
 
 
@@ -181,7 +183,7 @@ class Forwarder:
         stream = self._stream
         assert stream is not None
         answer = await self._call("GET", f"{self._url}/{self._shard}", None)
-        position = msgspec.json.decode(answer, type=FeedPosition)
+        position = _read(answer, FeedPosition)
         if stream is not self._stream:
             return
         if position.epoch > self._epoch:
@@ -237,7 +239,7 @@ class Forwarder:
         if stream is None or start is None or self.reread.is_set() or self._certain_lsn <= start:
             return
         batch, rows = self._batch(stream, start)
-        answer = msgspec.json.decode(await self._call("POST", self._url, encode_batch(batch)), type=FeedAnswer)
+        answer = _read(await self._call("POST", self._url, encode_batch(batch)), FeedAnswer)
         metrics.BATCHES.labels(self._shard, answer.reason or "applied").inc()
         if answer.applied:
             self._applied.set()
@@ -289,6 +291,14 @@ class Forwarder:
         self._queue.clear()
         self._queue_bytes = 0
         self._space.set()
+
+
+def _read(answer: bytes, kind: type[T]) -> T:
+    """Raises FeedDown for what no aggregator says, such as the page of a load balancer."""
+    try:
+        return msgspec.json.decode(answer, type=kind)
+    except msgspec.DecodeError as error:
+        raise FeedDown(f"this is not the aggregator's answer ({error}): {answer[:200]!r}") from error
 
 
 def lag_s(oldest_ms: int | None) -> float:

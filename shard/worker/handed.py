@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 from prometheus_client import Counter
 
 from oncepay.driver import Driver
@@ -54,6 +55,7 @@ class Handed:
         return outcomes
 
     async def _one(self, event: EventObject) -> tuple[Key, str]:
+        key = Key("")
         async with self._places:
             try:
                 head = head_of(event)
@@ -66,6 +68,9 @@ class Handed:
             except OncepayError as error:
                 _log.warning("event not taken in", event_id=event.id, type=event.type, error=str(error))
                 return Key(""), error.slug
+            except msgspec.DecodeError as error:  # the same again would be no better, and others wait behind it
+                _log.error("event can't be read", key=key, event_id=event.id, type=event.type, error=str(error))
+                return key, "unreadable"
         if outcome not in {"known", "not pending"}:
             _log.info("event taken in", key=key, event_id=event.id, type=event.type, outcome=outcome)
         return key, outcome

@@ -65,6 +65,9 @@ class Moved:
                 await fill(self._cache, self._payouts, self._feed, self._connect, [run])
                 return
             except ShardUnavailable as error:
+                # What was read of a leader that was deposed meanwhile may never have been: all is read again.
+                self._cache.forget_slots(*run)
+                self._payouts.forget_slots(*run)
                 _log.info("range not loaded", first=run[0], last=run[1], error=str(error))
                 await asyncio.sleep(RETRY_S)
 

@@ -147,6 +147,10 @@ class Resnapshot:
             if failed:
                 raise failed[0] from error
             raise FeedDown(f"the aggregator can't be reached: {error!r}") from error
-        position = msgspec.json.decode(answer, type=FeedPosition)
-        assert position.watermark is not None
-        return position.watermark
+        try:
+            watermark = msgspec.json.decode(answer, type=FeedPosition).watermark
+        except msgspec.DecodeError:
+            watermark = None
+        if watermark is None:
+            raise FeedDown(f"this is not the aggregator's answer: {answer[:300]!r}")
+        return watermark

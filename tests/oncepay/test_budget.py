@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import time
 from contextlib import AsyncExitStack
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from oncepay.breaker import Breaker
 from oncepay.budget import SETTLE_S, WEIGHTS, Budget, BudgetShort, Role, Share, dealt, endpoint_of, share_of
 from oncepay.errors import StripeUnavailable
-from oncepay.etcd import Etcd
+from oncepay.etcd import Etcd, EtcdOutcomeUnknown
 from oncepay.settings import EtcdSettings, StripeSettings
 from oncepay.shares import Record
 from oncepay.stripe_client import StripeGateway, StripeRefused
@@ -284,3 +285,38 @@ async def test_the_stand_in_never_counts_more_than_the_limit_in_a_second(etcd_cl
     print(sorted(by_second.items()))
     assert max(by_second.values()) <= 25
     assert max(by_second.values()) >= 0.6 * dealt(25, 4), "they did ask as much as they might"
+
+
+class OnlyLeases:
+    """An etcd that grants leases and takes nothing else; after `puts` attempts it does."""
+
+    def __init__(self, puts: int) -> None:
+        self.puts = puts
+        self.granted: list[SimpleNamespace] = []
+        self.revoked: list[SimpleNamespace] = []
+
+    async def grant_lease(self, ttl_s: int) -> SimpleNamespace:
+        async def revoke() -> None:
+            self.revoked.append(lease)
+
+        lease = SimpleNamespace(id=len(self.granted), lost=asyncio.Event(), revoke=revoke)
+        self.granted.append(lease)
+        return lease
+
+    async def put(self, key: str, value: bytes, lease: int) -> None:
+        self.puts -= 1
+        if self.puts >= 0:
+            raise EtcdOutcomeUnknown("no answer")
+
+
+async def test_a_lease_whose_key_was_not_written_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process keeps its leases alive: one more every few seconds, and all of them ask an etcd that just recovers."""
+    monkeypatch.setattr("oncepay.budget.RETRY_S", 0.0)
+    etcd: Any = OnlyLeases(3)
+    budget = Budget(etcd, StripeSettings(), name="r", role="router")
+    registered = asyncio.create_task(budget._stay_registered())
+    await asyncio.sleep(0.2)
+    assert (len(etcd.granted), etcd.revoked) == (4, etcd.granted[:3])
+    registered.cancel()
+    await asyncio.gather(registered, return_exceptions=True)
+    assert etcd.revoked == etcd.granted

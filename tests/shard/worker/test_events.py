@@ -21,7 +21,18 @@ from oncepay.payment import Payment
 from oncepay.settings import EtcdSettings, PollSettings, Settings
 from oncepay.shardmap import ShardMap, even_map
 from oncepay.stripe_objects import EventData, EventList, EventObject
-from shard.worker.events import CURSOR, PAGES_MAX, TYPES, Cursor, EventReader, HandOver, HandOverFailed
+from shard.worker.events import (
+    CURSOR,
+    PAGES_MAX,
+    PART_BYTES_MAX,
+    PART_EVENTS_MAX,
+    TYPES,
+    Cursor,
+    EventReader,
+    HandOver,
+    HandOverFailed,
+    parts,
+)
 from shard.worker.lease import Holder
 from tests.etcd_fixture import EtcdCluster, etcd_cluster, free_ports
 
@@ -191,6 +202,51 @@ async def test_a_long_list_without_a_cursor_is_handed_over_in_pieces(account: Ac
     assert account.got["s0"][0].to_s == account.got["s0"][0].from_s, "not all until then was read"
     assert not await account.reader.round()
     assert account.ids("s0") == [f"evt_{n}" for n in range(count)]
+
+
+async def test_an_event_that_can_not_be_read_stops_nobody(account: Account) -> None:
+    """And the shards don't take it for one that wasn't there: no payment is unchanged by what they got."""
+    [mine], [theirs] = keys_of("s0", 1), keys_of("s1", 1)
+    account.stripe.event(mine)
+    await account.reader.round()
+    body = json.dumps({"id": "pi_odd", "object": "payment_intent", "metadata": {"oncepay_key": 7}}).encode()
+    account.stripe.made.append(EventObject("evt_odd", "payment_intent.succeeded", 1, EventData(msgspec.Raw(body))))
+    later = account.stripe.event(theirs)
+    await account.reader.round()
+    assert account.ids("s1") == [later]
+    assert (await cursor(account)).event == later
+    for shard in SHARDS:
+        before, after = account.got[shard][-2:]
+        assert before.to_s < after.from_s == after.to_s
+    await account.reader.round()
+    assert account.got["s0"][-1].from_s == account.got["s0"][-2].to_s
+
+
+async def test_a_shard_gets_many_events_in_parts(account: Account) -> None:
+    [mine] = keys_of("s0", 1)
+    account.stripe.event(mine)
+    await account.reader.round()
+    count = 2 * PART_EVENTS_MAX + 1
+    for _ in range(count):
+        account.stripe.event(mine)
+    await account.reader.round()
+    got = account.got["s0"][1:]
+    assert [len(batch.events) for batch in got] == [PART_EVENTS_MAX, PART_EVENTS_MAX, 1]
+    assert account.ids("s0") == [f"evt_{n}" for n in range(count + 1)]
+    assert [batch.to_s > batch.from_s for batch in got] == [False, False, True], "they are all only with the last part"
+
+
+def test_parts_are_small_and_what_is_larger_goes_alone() -> None:
+    def event(size_bytes: int) -> EventObject:
+        return EventObject("evt", "charge.updated", 1, EventData(msgspec.Raw(b'"' + b"x" * size_bytes + b'"')))
+
+    third = PART_BYTES_MAX // 3
+    sizes = [
+        [len(bytes(each.data.object)) for each in part]
+        for part in parts([event(third)] * 4 + [event(2 * PART_BYTES_MAX), event(1)])
+    ]
+    assert [len(part) for part in sizes] == [2, 2, 1, 1]
+    assert parts([]) == [[]]
 
 
 async def test_what_nobody_foresaw_ends_no_reading(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,3 +73,46 @@ async def test_a_look_that_an_event_hurries_is_a_single_one_while_other_events_a
     finally:
         slow.go.set()
         assert await taking == {"hurried": 1, "looked": 1}
+
+
+class Looked:
+    """A store and a driver that remember what was looked at."""
+
+    def __init__(self) -> None:
+        self.looked: list[str] = []
+
+    async def get(self, key: str) -> Payment | None:
+        return new_payment(key, status=Status.SUCCEEDED, intent=f"pi_{key}")
+
+    async def look_after(self, key: str, what: Literal["refunds", "disputes"], reason: str) -> Payment | None:
+        self.looked.append(key)
+        return None
+
+    async def look(self, key: str, reason: str) -> Payment | None:
+        self.looked.append(key)
+        return None
+
+
+def changed(of: EventObject, **members: object) -> EventObject:
+    """The event, with other members in its object."""
+    body = json.loads(bytes(of.data.object)) | members
+    return EventObject(of.id, of.type, 1, EventData(msgspec.Raw(json.dumps(body).encode())))
+
+
+async def test_an_event_that_can_not_be_read_holds_up_no_other_and_is_a_reason_to_look() -> None:
+    """Events are rendered in the account's API version, not in the one that calls ask for."""
+    clock, looked = Clock(10_000), Looked()
+    cache = PendingCache(PollSettings(), clock)
+    cache.put("open", "processing", 3, True, FAR_S)
+    bulk = Bulk(NoLists(), cache, "s0", 5.0, clock)
+    handed = Handed("s0", cast(Shards, looked), cast(Driver, looked), cache, bulk)
+    events = [
+        changed(event("refund.updated", "null", "refund"), status=None),
+        changed(event("refund.updated", "number", "refund"), status=7),
+        changed(event("charge.dispute.created", "odd", "dispute"), status="won", balance_transactions="none"),
+        changed(event("refund.updated", "head", "refund"), metadata={"oncepay_key": 5}),
+        changed(event("payment_intent.succeeded", "open", "payment_intent"), id="pi_open", amount="ten"),
+        event("refund.updated", "fine", "refund"),
+    ]
+    assert await handed.take(HandOver(1.0, 2.0, events)) == {"looked": 5, "unreadable": 1}
+    assert sorted(looked.looked) == ["fine", "null", "number", "odd", "open"]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oncepay.errors import ShardUnavailable
 from oncepay.keys import slot
 from oncepay.settings import PayoutSettings, PollSettings
 from oncepay.shardmap import Range, ShardMap
@@ -153,3 +154,32 @@ async def test_a_range_that_went_and_came_back_is_loaded(
     finally:
         task.cancel()
     assert found == loaded
+
+
+async def test_what_a_deposed_leader_showed_is_forgotten_before_the_range_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interleaving: version 6 was never on the quorum; the real one comes by the feed, and settles the payment."""
+    cache, maps, tries, key = cache_of([]), Maps(1, "s1"), list[int](), "order-1"
+    monkeypatch.setattr(moved, "RETRY_S", 0.0)
+
+    async def load(_cache: Any, _payouts: Any, _feed: Any, _connect: Any, loaded: Runs) -> None:
+        tries.append(1)
+        cache.put(key, "processing", 6 if len(tries) == 1 else 5, True, 4e9)
+        if len(tries) == 1:
+            raise ShardUnavailable("the leader changed")
+        cache.end_fill()
+
+    monkeypatch.setattr(moved, "fill", load)
+    following = Moved("s0", cache, PayoutCache(PayoutSettings()), None, maps, None)  # type: ignore[arg-type]
+    task = asyncio.create_task(following.run())
+    try:
+        await asyncio.sleep(0)
+        maps.current = ShardMap(2, (Range(0, 65_535, "s0"),))
+        maps._changed.set()
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+    finally:
+        task.cancel()
+    assert len(tries) == 2
+    assert {(item.key, item.version) for item in cache} == {(key, 5)}
+    cache.put(key, "succeeded", 6, False, 4e9)
+    assert len(cache) == 0
