@@ -72,6 +72,8 @@ class ShardMembers(msgspec.Struct, frozen=True):
     members: tuple[Member, ...]
     sync: Sync
     initialized: bool
+    config: dict[str, object] = {}
+    """What all nodes share, as Patroni keeps it; empty when it keeps nothing."""
 
     def member(self, name: str) -> Member:
         """Raises ShardUnavailable for a node that isn't there."""
@@ -107,6 +109,7 @@ async def read(etcd: Etcd, shard: str) -> ShardMembers:
         members=tuple(sorted(members, key=lambda member: member.name)),
         sync=msgspec.json.decode(values["sync"], type=Sync) if values.get("sync") else Sync(),
         initialized=bool(values.get("initialize")),
+        config=msgspec.json.decode(values["config"], type=dict[str, object]) if values.get("config") else {},
     )
 
 

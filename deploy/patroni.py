@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,19 @@ WATCHDOG_MARGIN_S = 5
 """Postgres is dead this long before the leader's lease can end. It covers the time that one renewal may take."""
 WATCHDOG_TIMEOUT_S = TTL_S - WATCHDOG_MARGIN_S
 IDLE_IN_TRANSACTION_MS = 10_000
+
+SIZES = frozenset(
+    {"max_connections", "max_slot_wal_keep_size", "max_wal_size", "min_wal_size", "shared_buffers", "io_method"},
+)
+"""Parameters that depend on the machine."""
+PROMISED = frozenset(
+    {
+        *("ttl", "loop_wait", "retry_timeout", "primary_start_timeout", "maximum_lag_on_failover"),
+        *("synchronous_mode", "synchronous_mode_strict", "synchronous_node_count", "failsafe_mode"),
+        *("synchronous_commit", "fsync", "full_page_writes", "wal_level", "wal_log_hints", "sync_replication_slots"),
+    }
+)
+"""Rules without which an acknowledged payment can be lost, or a shard isn't taken over."""
 
 assert TTL_S >= LOOP_WAIT_S + 2 * RETRY_TIMEOUT_S
 assert WATCHDOG_TIMEOUT_S > LOOP_WAIT_S + 2 * RETRY_TIMEOUT_S, "a slow etcd would trip the watchdog of a live leader"
@@ -160,9 +174,52 @@ def _shared_parameters(tuning: Tuning) -> dict[str, object]:
     }
 
 
+def dynamic(node: Node) -> dict[str, object]:
+    """What all nodes of the shard share, which Patroni keeps in etcd: it reads `bootstrap.dcs` once, when the shard is made."""
+    return {
+        **_RULES,
+        "slots": {FEED_SLOT: {"type": "logical", "database": node.database, "plugin": "pgoutput"}},
+        "postgresql": {
+            "use_pg_rewind": True,
+            "use_slots": True,
+            "parameters": _shared_parameters(node.tuning) | _archive_parameters(node),
+        },
+    }
+
+
+def merged(kept: Mapping[str, object], wanted: Mapping[str, object]) -> dict[str, object]:
+    """What is kept in etcd, with what is wanted in it; other members (`pause`, for example) stay."""
+    result = dict(kept)
+    for name, value in wanted.items():
+        before = kept.get(name)
+        result[name] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return result
+
+
+def broken_rules(kept: Mapping[str, object]) -> list[tuple[str, object, object, bool]]:
+    """Rules that what is kept in etcd breaks: `(its name, as it is, as it should be, whether a promise rests on it)`.
+
+    Sizes, and where the log is archived, differ from deployment to deployment, and are no rules.
+    """
+    found = []
+    postgresql = kept.get("postgresql")
+    parameters = postgresql.get("parameters") if isinstance(postgresql, dict) else None
+    for rules, values in ((_RULES, kept), (_PARAMETER_RULES, parameters if isinstance(parameters, dict) else {})):
+        for name, wanted in rules.items():
+            if _plain(values.get(name)) != _plain(wanted):
+                found.append((name, values.get(name), wanted, name in PROMISED))
+    return found
+
+
+def _plain(value: object) -> str:
+    """A value as it is written: `on` is true, and 15000ms are 15s."""
+    text = {"on": "true", "off": "false"}.get(str(value).lower(), str(value).lower())
+    number = text.removesuffix("ms")
+    return f"{int(number) // 1000}s" if number != text and number.isdigit() and int(number) % 1000 == 0 else text
+
+
 def configuration(node: Node) -> dict[str, object]:
     """What `node`'s Patroni reads."""
-    parameters = _shared_parameters(node.tuning) | _archive_parameters(node)
     hba = [f"host {database} all {node.client_network} scram-sha-256" for database in ("all", "replication")]
     return {
         "scope": node.scope,
@@ -176,19 +233,7 @@ def configuration(node: Node) -> dict[str, object]:
         | ({"authentication": node.rest.as_dict()} if node.rest.password else {}),
         "etcd3": {"hosts": list(node.etcd_hosts)},
         "bootstrap": {
-            "dcs": {
-                "ttl": TTL_S,
-                "loop_wait": LOOP_WAIT_S,
-                "retry_timeout": RETRY_TIMEOUT_S,
-                "maximum_lag_on_failover": ANY_LAG_BYTES,
-                "primary_start_timeout": 0,
-                "synchronous_mode": "quorum",
-                "synchronous_mode_strict": True,
-                "synchronous_node_count": 1,
-                "failsafe_mode": True,
-                "slots": {FEED_SLOT: {"type": "logical", "database": node.database, "plugin": "pgoutput"}},
-                "postgresql": {"use_pg_rewind": True, "use_slots": True, "parameters": parameters},
-            },
+            "dcs": dynamic(node),
             **_bootstrap_method(node),
         },
         "postgresql": {
@@ -208,6 +253,20 @@ def configuration(node: Node) -> dict[str, object]:
             "safety_margin": WATCHDOG_MARGIN_S,
         },
     }
+
+
+_RULES: dict[str, object] = {
+    "ttl": TTL_S,
+    "loop_wait": LOOP_WAIT_S,
+    "retry_timeout": RETRY_TIMEOUT_S,
+    "maximum_lag_on_failover": ANY_LAG_BYTES,
+    "primary_start_timeout": 0,
+    "synchronous_mode": "quorum",
+    "synchronous_mode_strict": True,
+    "synchronous_node_count": 1,
+    "failsafe_mode": True,
+}
+_PARAMETER_RULES = {name: value for name, value in _shared_parameters(Tuning()).items() if name not in SIZES}
 
 
 def render(node: Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ async def _shard(etcd: Etcd, settings: Settings, name: str, known: ShardMap | No
     from shard.store.facts import facts
 
     members = await read(etcd, name)
-    found = list(_members(members))
+    found = [*_members(members), *judge_rules(members)]
     if members.leader is None:
         return found
     try:
@@ -87,6 +88,16 @@ def _members(members: ShardMembers) -> Iterator[Finding]:
         if member.pending_restart:
             text = f"{member.name} has settings that wait for a restart"
             yield Finding("warning", name, text, f"`oncepay shards restart {name}`")
+
+
+def judge_rules(members: ShardMembers) -> Iterator[Finding]:
+    """Patroni's rules are in etcd since the shard was made: they may be older than this code, or somebody has changed them."""
+    from deploy.patroni import broken_rules
+
+    for rule, found, wanted, promised in broken_rules(members.config) if members.config else ():
+        text = f"its rule {rule} is {json.dumps(found)} in Patroni's configuration, and should be {json.dumps(wanted)}"
+        advice = "`patronictl edit-config` sets it; in a local cluster `oncepay down` and `up` do"
+        yield Finding("problem" if promised else "warning", members.shard, text, advice)
 
 
 def judge(name: str, facts: Facts, mapped: list[tuple[int, int]], *, restored: bool) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -210,6 +211,8 @@ class BringUp:
             gateway.put_if_absent(f"{prefix}/apikeys/{digest}", msgspec.json.encode(api_key).decode())
             for shard in self.unmade:
                 gateway.delete_prefix(f"{prefix}/patroni/{shard}/")
+            for shard in self.plan.shards:
+                self._put_rules(gateway, shard)
 
         self._until(gateway.is_decided, "etcd-1")
         self._try(put, "etcd-1")
@@ -219,6 +222,17 @@ class BringUp:
         for name, shard in first.items():
             self._until(partial(self._leads, shard, name), name)
         self.supervisor.start(nodes)
+
+    def _put_rules(self, gateway: Gateway, shard: str) -> None:
+        """What has changed since the shard was made: Patroni takes the rules from its configuration file only then."""
+        key = f"{self.plan.settings.etcd.prefix}/patroni/{shard}/config"
+        stored = gateway.get(key)
+        if stored is None:
+            return
+        kept = json.loads(stored)
+        wanted = patroni.merged(kept, patroni.dynamic(self.plan.node_config(shard, node_names(shard)[0])))
+        if wanted != kept:
+            gateway.put(key, json.dumps(wanted))
 
     def _leader_with_quorum(self, shard: str) -> str | None:
         """The shard's leader, once a standby of its quorum streams from it: only then can it commit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -14,11 +15,14 @@ from cli.config import config
 from cli.doctor import doctor
 from cli.doctor.services import judge as judge_metrics
 from cli.doctor.shards import judge as judge_shard
+from cli.doctor.shards import judge_rules
 from cli.shards import grow, shards
 from cli.shards.accept import said
 from cli.shards.grow import named_in
 from deploy.local import Cluster
 from deploy.local.supervisor import Supervisor
+from deploy.members import ShardMembers, Sync
+from deploy.patroni import dynamic
 from oncepay.etcd import Etcd
 from oncepay.moves import Move
 from oncepay.shardmap import read_shards, read_takers
@@ -26,6 +30,7 @@ from shard.mover.errors import MoveRefused
 from shard.mover.records import Records
 from shard.store.facts import ArchiveFacts, Facts, SlotFacts, StandbyFacts
 from shard.store.migrate import LATEST
+from tests.deploy.test_config import make_plan
 
 
 def run(cluster: Cluster, *arguments: str, command: Any = shards, code: int = 0) -> Any:
@@ -123,6 +128,18 @@ def test_doctor_without_a_cluster(tmp_path: Any) -> None:
     assert "oncepay up" in json.dumps(json.loads(result.stdout)["findings"])
     listed = CliRunner().invoke(shards, ["list", "--output", "json"], env=env)
     assert listed.exit_code == UNREACHABLE
+
+
+def test_doctor_names_rules_of_patronis_that_somebody_changed(tmp_path: Path) -> None:
+    kept = json.loads(json.dumps(dynamic(make_plan(tmp_path).node_config("s0", "s0-1"))))
+    assert list(judge_rules(ShardMembers("s0", None, (), Sync(), True, kept))) == []
+    kept["failsafe_mode"] = False
+    kept["postgresql"]["parameters"]["autovacuum_naptime"] = "1min"
+    found = list(judge_rules(ShardMembers("s0", None, (), Sync(), True, kept)))
+    assert [(each.level, each.where) for each in found] == [("problem", "s0"), ("warning", "s0")]
+    assert "failsafe_mode is false" in found[0].what
+    assert 'autovacuum_naptime is "1min"' in found[1].what
+    assert list(judge_rules(ShardMembers("s0", None, (), Sync(), True))) == [], "nobody keeps any: that is another problem"
 
 
 def facts(**members: Any) -> Facts:

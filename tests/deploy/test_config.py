@@ -7,12 +7,16 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
 
 from deploy import patroni, processes, programs
 from deploy.local import WrongHome, secrets, supervisor
+from deploy.local.bring_up import BringUp
+from deploy.local.etcd import Gateway
 from deploy.local.layout import Layout, Memory
 from deploy.local.parts import ALL_PARTS, Plan
 from deploy.local.ports import Ports
@@ -46,6 +50,61 @@ def test_patroni_gets_the_rules_that_hold_the_promises(tmp_path: Path) -> None:
     assert config["restapi"]["listen"] == "127.0.0.1:9040"
     assert config["etcd3"]["hosts"] == ["127.0.0.1:9022", "127.0.0.1:9023", "127.0.0.1:9024"]
     assert all(rule.endswith("scram-sha-256") for rule in config["postgresql"]["pg_hba"])
+
+
+class Kept:
+    """etcd's gateway with one key."""
+
+    def __init__(self, value: dict[str, object] | None) -> None:
+        self.value = None if value is None else json.dumps(value)
+        self.puts = 0
+
+    def get(self, key: str) -> str | None:
+        assert key == "/oncepay/patroni/s0/config"
+        return self.value
+
+    def put(self, key: str, value: str) -> None:
+        assert key == "/oncepay/patroni/s0/config"
+        self.value = value
+        self.puts += 1
+
+
+def test_a_shard_that_was_made_before_gets_the_rules_of_now(tmp_path: Path) -> None:
+    """The trap: Patroni reads them from its file when the shard is made, and never again."""
+    plan = make_plan(tmp_path)
+    wanted = patroni.dynamic(plan.node_config("s0", "s0-1"))
+    old = json.loads(json.dumps(wanted)) | {"pause": True, "failsafe_mode": False}
+    del old["postgresql"]["parameters"]["checkpoint_timeout"]
+    old["postgresql"]["parameters"] |= {"archive_command": "python /a/folder/that/is/gone", "work_mem": "64MB"}
+    bring_up = cast(BringUp, SimpleNamespace(plan=plan))
+    kept = Kept(old)
+    BringUp._put_rules(bring_up, cast(Gateway, kept), "s0")
+    assert kept.value is not None
+    now = json.loads(kept.value)
+    assert (now.pop("pause"), now["postgresql"]["parameters"].pop("work_mem")) == (True, "64MB"), "what is somebody's stays"
+    assert now == json.loads(json.dumps(wanted))
+    BringUp._put_rules(bring_up, cast(Gateway, kept), "s0")
+    assert kept.puts == 1, "nothing is written when nothing has changed"
+    nothing = Kept(None)
+    BringUp._put_rules(bring_up, cast(Gateway, nothing), "s0")
+    assert nothing.puts == 0, "a new shard's are Patroni's to write"
+
+
+def test_rules_that_somebody_changed_are_named_with_what_rests_on_them(tmp_path: Path) -> None:
+    kept = json.loads(json.dumps(patroni.dynamic(make_plan(tmp_path).node_config("s0", "s0-1"))))
+    parameters = kept["postgresql"]["parameters"]
+    parameters |= {"shared_buffers": "8GB", "fsync": "on", "wal_sender_timeout": "15000ms"}
+    assert patroni.broken_rules(kept) == [], "sizes are no rules, and a value may be written otherwise"
+    kept["synchronous_mode_strict"] = False
+    parameters |= {"synchronous_commit": "local", "autovacuum_naptime": "1min"}
+    del kept["failsafe_mode"]
+    assert sorted(patroni.broken_rules(kept)) == [
+        ("autovacuum_naptime", "1min", "15s", False),
+        ("failsafe_mode", None, True, True),
+        ("synchronous_commit", "local", "on", True),
+        ("synchronous_mode_strict", False, True, True),
+    ]
+    assert all(promised for *_, promised in patroni.broken_rules({"ttl": 30})[:1])
 
 
 def test_a_plan_names_its_processes_and_keeps_to_its_ports(tmp_path: Path) -> None:

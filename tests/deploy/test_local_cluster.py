@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 
 from deploy import patroni, processes
 from deploy.local import AlreadyRunning, Cluster, Hooks, PartFailed, PortTaken, WrongHome
+from deploy.local.etcd import Gateway
 from deploy.local.ports import free_base
 from deploy.local.status import NodeStatus, ShardStatus
 from oncepay.settings import load
@@ -226,6 +228,12 @@ def test_all_data_is_there_after_a_kill_and_another_up(data_cluster: Cluster, al
     with aggregator.cursor() as cursor:
         cursor.execute(f"CREATE TABLE {table} AS SELECT generate_series(1, 1000) AS n")
     aggregator.close()
+    settings = load(data_cluster.layout.settings)
+    gateway, rules = Gateway(settings.etcd.endpoints), f"{settings.etcd.prefix}/patroni/s0/config"
+    kept = json.loads(gateway.get(rules) or "")
+    older = json.loads(json.dumps(kept))
+    del older["postgresql"]["parameters"]["autovacuum_naptime"]
+    gateway.put(rules, json.dumps(older))
     before = set(data_cluster.pids())
     if all_at_once:
         data_cluster.kill()
@@ -239,6 +247,8 @@ def test_all_data_is_there_after_a_kill_and_another_up(data_cluster: Cluster, al
     assert not before & set(data_cluster.pids())
     until(lambda: is_whole(data_cluster), 60)
     assert execute(data_cluster, f"SELECT count(*), sum(n) FROM {table}") == [(1000, 500_500)]
+    assert json.loads(gateway.get(rules) or "") == kept, "a shard that was made by earlier code has the rules of this one"
+    assert execute(data_cluster, "SHOW autovacuum_naptime") == [("15s",)]
     aggregator = connect(data_cluster, data_cluster.ports.aggregator_postgres)
     with aggregator.cursor() as cursor:
         cursor.execute(f"SELECT count(*) FROM {table}")
