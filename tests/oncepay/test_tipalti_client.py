@@ -139,6 +139,9 @@ def test_amounts_that_are_none() -> None:
             AmountObject(Decimal(amount), currency).minor()
 
 
+ABSENT: list[object] = [None, 0, {}, [1], "", "soon", -1, 10**30, float("nan"), float("inf"), "0001-01-01T00:00:00Z"]
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
@@ -148,10 +151,7 @@ def test_amounts_that_are_none() -> None:
         ("2026-12-01T01:00:00.25+01:00", 1_796_083_200),
         ("2026-12-01T00:00:00", 1_796_083_200),
         ("2026-12-01", 1_796_083_200),
-        *(
-            (absent, 0)
-            for absent in (None, 0, {}, [1], "", "soon", -1, 10**30, float("nan"), float("inf"), "0001-01-01T00:00:00Z")
-        ),
+        *((absent, 0) for absent in ABSENT),
     ],
 )
 def test_times_are_read_in_whatever_form_they_come(value: object, seconds: int) -> None:
