@@ -61,6 +61,14 @@ class Seat:
                 _log.info("seat not taken", key=self.key, error=str(error))
                 await asyncio.sleep(RETRY_S)
 
+    async def held(self) -> bool:
+        """Whether nobody else is known to have the seat."""
+        try:
+            holder = await self._etcd.get(self.key)
+        except (EtcdUnavailable, EtcdRefused):
+            return True
+        return holder is None or holder.value == self._value
+
     async def lost(self) -> None:
         """Return when somebody else has the seat, or it was left. While etcd is away, or the key is nobody's, it is kept."""
         while self._lease is not None:

@@ -34,6 +34,7 @@ from shard.worker.resnapshot import Resnapshot
 from shard.worker.transactions import Transaction
 
 RETRY_S = 0.5
+LEADER_S = 5.0
 MEASURE_S = 1.0
 BEHIND_S = 120.0
 """A feed that has not moved for so long is no longer ready."""
@@ -72,17 +73,26 @@ class Worker:
     async def run(self) -> None:
         """Be active until canceled. Raises StandDown, in a group, when the seat or the epoch is lost."""
         try:
-            await self._be_active(await self._epoch())
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._until_lost(), name="seat")
+                self._be_active(group, await self._epoch())
         except* EpochOver as group:
             raise StandDown(str(group.exceptions[0])) from group
         finally:
             self._set_active(False)
 
     async def _epoch(self) -> int:
-        """Take the shard over: ends the epoch before, once its transactions are through."""
+        """Take the shard over: ends the epoch before, once its transactions are through.
+
+        The leader is waited for before: a write that waits for it goes on when it is canceled, and who lost the seat meanwhile
+        would end the turn of the one that has it. Raises StandDown then.
+        """
         while True:
             try:
                 await self._shards.start()
+                await self._shards.leaders.wait(self.shard, LEADER_S)
+                if not await self._seat.held():
+                    raise StandDown("another worker has the seat")
                 epoch = await self._shards.batcher(self.shard).take_epoch(self.name)
             except Unavailable as error:
                 _log.info("epoch not taken", error=str(error))
@@ -92,8 +102,8 @@ class Worker:
                 metrics.EPOCH.labels(self.shard).set(epoch)
                 return epoch
 
-    async def _be_active(self, epoch: int) -> None:
-        """Run all parts; returns never, raises a group when one ends. StandDown and EpochOver are the usual ways."""
+    def _be_active(self, group: asyncio.TaskGroup, epoch: int) -> None:
+        """Start all parts; none returns, and the group ends when one raises. StandDown and EpochOver are the usual ways."""
         batcher = self._shards.batcher(self.shard)
         self.cache = PendingCache(self._settings.poll)
         self.payouts = PayoutCache(self._settings.payouts)
@@ -110,15 +120,13 @@ class Worker:
             self.forwarder,
         )  # fmt: skip
         self._set_active(True)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._until_lost(), name="seat")
-            group.create_task(self.feed.run(), name="feed")
-            group.create_task(self.forwarder.run(), name="forwarder")
-            group.create_task(self.forwarder.remember(lambda: batcher.write(_FED, epoch)), name="fed")
-            group.create_task(self._poll(batcher, self.feed), name="poller")
-            group.create_task(self.resnapshot.run(), name="resnapshot")
-            group.create_task(self._reader.run(), name="events")
-            group.create_task(self._measure(self.feed), name="measure")
+        group.create_task(self.feed.run(), name="feed")
+        group.create_task(self.forwarder.run(), name="forwarder")
+        group.create_task(self.forwarder.remember(lambda: batcher.write(_FED, epoch)), name="fed")
+        group.create_task(self._poll(batcher, self.feed), name="poller")
+        group.create_task(self.resnapshot.run(), name="resnapshot")
+        group.create_task(self._reader.run(), name="events")
+        group.create_task(self._measure(self.feed), name="measure")
 
     def _changed(self, transaction: Transaction) -> None:
         """A certain transaction, from the feed."""
