@@ -25,6 +25,6 @@ class FeedDown(Unavailable):
 
 
 class StandDown(OncepayError):
-    """Another worker is the shard's active one."""
+    """The worker's turn is over: another one is active, or what it knows of the shard has a gap."""
 
     slug = "stand-down"

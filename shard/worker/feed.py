@@ -14,12 +14,13 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from oncepay.errors import OncepayError
+from oncepay.feed import lsn_text
 from oncepay.logs import get_logger
 from oncepay.settings import Settings
 from shard.store.batch import HURRY
 from shard.worker import metrics
 from shard.worker.ahead import AHEAD_BYTES, look_ahead
-from shard.worker.errors import FeedDown, FeedHalted, StandDown, WrongNode
+from shard.worker.errors import FeedDown, StandDown, WrongNode
 from shard.worker.forward import Forwarder, lag_s
 from shard.worker.pgoutput import MalformedMessage
 from shard.worker.replication import ReplicationClosed
@@ -83,11 +84,13 @@ class Feed:
         self._free = asyncio.Event()
         self._read_at = 0.0
         self._fences: list[asyncio.Future[Place]] = []
+        self._fenced = False
+        """A fence was passed: from there on somebody relies on every change."""
         self._commit: asyncio.Future[None] | None = None
         leaders.on_change(self._leader_changed)
 
     async def run(self) -> None:
-        """Follow the leader until canceled. Raises StandDown when the epoch is over."""
+        """Follow the leader until canceled. Raises StandDown when the epoch is over, or `on_certain` has missed something."""
         pause_s = RETRY_S
         while True:
             began_s = time.monotonic()
@@ -124,8 +127,8 @@ class Feed:
         if problem is not None and str(problem) != str(self.problem):
             outcome = getattr(problem, "slug", "error")
             metrics.CONNECTS.labels(self._shard, outcome).inc()
-            halted = isinstance(problem, FeedHalted | MalformedMessage)
-            (_log.error if halted else _log.info)("feed not connected", reason=outcome, problem=str(problem))
+            log = _log.error if isinstance(problem, MalformedMessage) else _log.info
+            log("feed not connected", reason=outcome, problem=str(problem))
         self.problem = problem
 
     def _leader_changed(self, shard: str) -> None:
@@ -145,6 +148,12 @@ class Feed:
         if stream.timeline < self._sieve.certain_timeline:
             stream.connection.close()
             return WrongNode(f"{stream.node.name} is on timeline {stream.timeline}, {self._sieve.certain_timeline} is known")
+        if self._fenced and stream.start_lsn > self.certain_lsn:
+            # The slot is confirmed to the aggregator's position alone. That is never past the first fence's barrier, but by what
+            # this feed has delivered: so this is another slot, which was made later.
+            stream.connection.close()
+            at, known = lsn_text(stream.start_lsn), lsn_text(self.certain_lsn)
+            raise StandDown(f"the slot begins at {at} now, what is known ends at {known}: all is to be read anew")
         self._sieve.connected(stream.timeline)
         self._forwarder.connected(stream)
         self._stream = stream
@@ -255,6 +264,7 @@ class Feed:
                     return
                 for fence in fences:
                     if not fence.done():
+                        self._fenced = True
                         fence.set_result(Place(stream.node.host, stream.node.port, stream.timeline))
             if self._fences or self._sieve.held_rows or self._sieve.dropped:
                 self._wanted.set()

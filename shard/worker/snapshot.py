@@ -31,7 +31,7 @@ from oncepay.settings import Settings
 from shard.store.leader import Node
 from shard.worker.errors import StandDown, WrongNode
 from shard.worker.replication import ReplicationConnection
-from shard.worker.stream import ROLE, SLOT
+from shard.worker.stream import ROLE, SLOT, SLOT_S, revive_slot
 
 PAGE_ROWS = 2_000
 COPIED = {
@@ -47,11 +47,8 @@ PARTS_AHEAD = 8
 """So many parts of a copy are read ahead of what the aggregator takes."""
 FENCED_S = 30.0
 """How long a fence that is under way may take to commit."""
-SLOT_S = 60.0
-"""How long making a slot may take: it waits for all transactions that were running when it began."""
 
 _IDENTITY = "select pg_is_in_recovery(), i.incarnation, w.epoch from oncepay.identity i cross join oncepay.worker_epoch w"
-_LOST = f"select wal_status from pg_replication_slots where slot_name = '{SLOT}' and database = current_database()"  # noqa: S608
 _SQL = (resources.files("shard.worker") / "sql" / "snapshot.sql").read_text()
 _log = get_logger("snapshot")
 
@@ -166,7 +163,7 @@ async def open_snapshot(
     try:
         [(_, timeline, _, _)] = await maker.query("IDENTIFY_SYSTEM")
         incarnation = await _identify(maker, node, epoch)
-        await _revive_slot(maker)
+        await revive_slot(maker, epoch)
         # The exported snapshot lives in an idle transaction of this connection, until the session below has it.
         await maker.query("set idle_in_transaction_session_timeout = 0")
         [(_, point, exported, _)] = await maker.query(
@@ -246,17 +243,6 @@ async def _identify(maker: ReplicationConnection, node: Node, epoch: int) -> str
     if int(known or 0) != epoch:
         raise StandDown(f"epoch {epoch} is over: the shard's worker holds {known}")
     return incarnation
-
-
-async def _revive_slot(maker: ReplicationConnection) -> None:
-    """Make sure that the feed's slot exists and has its log: whatever is committed from now on is in it."""
-    rows = await maker.query(_LOST)
-    if rows and rows[0][0] != "lost":
-        return
-    if rows:
-        await maker.query(f"select pg_drop_replication_slot('{SLOT}')")
-    await maker.query(f"select pg_create_logical_replication_slot('{SLOT}', 'pgoutput')", SLOT_S)
-    _log.warning("the feed's slot was made anew", slot=SLOT, lost=bool(rows))
 
 
 def _payment(lsn: int, row: Sequence[Any]) -> PaymentRow:

@@ -18,9 +18,13 @@ from oncepay.errors import OncepayError, OutcomeUnknown, ShardUnavailable
 from oncepay.feed import REBUILD_END, EntryRow
 from oncepay.ledger import payment_entry
 from oncepay.payment import Failure, Progress, Status
+from oncepay.settings import PayoutSettings, PollSettings
 from shard.store.rows import Put
-from shard.worker.errors import FeedHalted
+from shard.worker.cache import PendingCache
+from shard.worker.errors import FeedHalted, StandDown
 from shard.worker.feed import Place
+from shard.worker.fill import fill
+from shard.worker.payout_cache import PayoutCache
 from shard.worker.resnapshot import Resnapshot
 from shard.worker.snapshot import SQL
 from shard.worker.stream import SLOT
@@ -161,6 +165,18 @@ async def test_a_slot_that_lost_its_log_is_made_anew(shard: ShardDatabase, aggre
         await pay(shard, "a")
         await aggregator.holds("a")
     await pay(shard, "lost")
+    await lose_the_log(shard)
+    async with running_feed(shard, aggregator.settings) as feed:
+        await halted(feed)
+        async with rebuilder(shard, feed, aggregator) as resnapshot:
+            await resnapshot.rebuild()
+        await pay(shard, "later")
+        await aggregator.holds("a", "lost", "later")
+        await eventually(lambda: is_the_fold(shard, aggregator), "the aggregator is the fold")
+
+
+async def lose_the_log(shard: ShardDatabase) -> None:
+    """As when the feed stood still until `max_slot_wal_keep_size` was used up. Nobody reads the slot."""
     session = shard.connection
     await session.execute("alter system set max_slot_wal_keep_size = '16MB'")
     await session.execute("select pg_reload_conf()")
@@ -176,13 +192,135 @@ async def test_a_slot_that_lost_its_log_is_made_anew(shard: ShardDatabase, aggre
     finally:
         await session.execute("alter system reset max_slot_wal_keep_size")
         await session.execute("select pg_reload_conf()")
+
+
+async def drop_the_slot(shard: ShardDatabase) -> None:
+    await free(lambda: shard.connection.execute(f"select pg_drop_replication_slot('{SLOT}')"))
+
+
+class Caches:
+    """A worker's caches, beside a feed that runs."""
+
+    def __init__(self, shard: ShardDatabase, feed: RunningFeed) -> None:
+        self.payments = PendingCache(PollSettings())
+        self.payouts = PayoutCache(PayoutSettings())
+        self.payments.begin_fill()
+        self.payouts.begin_fill()
+        self._shard = shard
+        self._feed = feed.feed
+        assert not feed.seen
+        self._feed._on_certain = lambda transaction: self.payments.changed_all(transaction.payments)
+
+    async def fill(self) -> None:
+        async def connect(host: str, port: int) -> asyncpg.Connection:
+            return await asyncpg.connect(self._shard.dsn)
+
+        async with asyncio.timeout(20):
+            await fill(self.payments, self.payouts, self._feed, connect, [(0, 65_535)])
+
+    async def holds(self, *keys: str) -> None:
+        await eventually(lambda: {pending.key for pending in self.payments} == set(keys), f"{keys} are pending")
+
+
+@pytest.mark.parametrize("lose", [lose_the_log, drop_the_slot])
+async def test_a_worker_that_starts_without_the_slot_looks_after_payments_while_its_feed_is_halted(
+    shard: ShardDatabase, aggregator: RunningAggregator, lose: Callable[[ShardDatabase], Awaitable[None]]
+) -> None:
     async with running_feed(shard, aggregator.settings) as feed:
-        await halted(feed)
+        await shard.accept("a")
+        await aggregator.holds("a")
+        await eventually(feed.keeping.done, "the shard knows that its feed was applied")
+    await shard.accept("lost")
+    await lose(shard)
+    watermark = await aggregator.watermark()
+    assert watermark is not None
+    made: set[int] = set()
+    for n in range(2):  # the second worker finds the slot as the first one made it
+        async with running_feed(shard, aggregator.settings) as feed:
+            caches = Caches(shard, feed)
+            await caches.fill()
+            await shard.accept(f"after{n}")
+            await caches.holds("a", "lost", *(f"after{m}" for m in range(n + 1)))
+            await eventually(lambda: isinstance(feed.forwarder.problem, FeedHalted), "the feed is halted")
+            assert "jumped ahead" in str(feed.forwarder.problem)
+            assert feed.feed.problem is None
+            assert await aggregator.keys() == {"a"}
+            assert await aggregator.watermark() == watermark
+            made.add(await shard.confirmed_lsn())
+    assert len(made) == 1, "the slot stands still"
+    assert made.pop() > watermark, "so that what is missing is seen"
+    async with running_feed(shard, aggregator.settings) as feed:
+        caches = Caches(shard, feed)
+        await caches.fill()
         async with rebuilder(shard, feed, aggregator) as resnapshot:
             await resnapshot.rebuild()
-        await pay(shard, "later")
-        await aggregator.holds("a", "lost", "later")
+        await shard.accept("later")
+        await aggregator.holds("a", "lost", "after0", "after1", "later")
         await eventually(lambda: is_the_fold(shard, aggregator), "the aggregator is the fold")
+        await caches.holds("a", "lost", "after0", "after1", "later")
+        assert not any(task.done() for task in feed.tasks), "a rebuild needs no new start"
+
+
+async def test_a_log_that_was_lost_before_the_aggregator_had_anything_is_missed(
+    shard: ShardDatabase, aggregator: RunningAggregator
+) -> None:
+    """Without a position the feed would begin where the new slot does, and skip what came before."""
+    await shard.accept("lost")
+    await lose_the_log(shard)
+    for _ in range(2):
+        async with running_feed(shard, aggregator.settings) as feed:
+            caches = Caches(shard, feed)
+            await caches.fill()
+            await caches.holds("lost")
+            await eventually(lambda: isinstance(feed.forwarder.problem, FeedHalted), "the feed is halted")
+            assert await aggregator.watermark() is None
+    async with running_feed(shard, aggregator.settings) as feed, rebuilder(shard, feed, aggregator) as resnapshot:
+        await resnapshot.rebuild()
+        await aggregator.holds("lost")
+
+
+async def test_a_new_shard_without_its_slot_is_waited_for(shard: ShardDatabase, aggregator: RunningAggregator) -> None:
+    """It is made with the shard, and its feed begins there."""
+    await drop_the_slot(shard)
+    async with running_feed(shard, aggregator.settings) as feed:
+        await eventually(lambda: "has no slot" in str(feed.feed.problem), "the feed waits for the slot")
+        assert not await shard.is_fed()
+        await shard.connection.execute(f"select pg_create_logical_replication_slot('{SLOT}', 'pgoutput')")
+        await shard.accept("a")
+        await aggregator.holds("a")
+
+
+async def test_a_worker_whose_slot_was_made_anew_meanwhile_stands_down(
+    shard: ShardDatabase, aggregator: RunningAggregator
+) -> None:
+    """What changed in between is in no stream: it is in the caches of the next turn, which are filled from the table."""
+    async with running_feed(shard, aggregator.settings) as feed:
+        caches = Caches(shard, feed)
+        await caches.fill()
+        await shard.accept("a")
+        await aggregator.holds("a")
+
+        async def confirmed() -> bool:
+            return await shard.confirmed_lsn() == await aggregator.watermark()
+
+        await eventually(confirmed, "the slot is confirmed to the aggregator's position")
+        shard.leaders.move(None)
+        await shard.accept("b")
+        shard.leaders.move(shard.node)
+        await aggregator.holds("b")
+        await caches.holds("a", "b")
+        assert not any(task.done() for task in feed.tasks), "its own slot is never past what it has delivered"
+        shard.leaders.move(None)
+        await drop_the_slot(shard)
+        await shard.accept("missed")
+        await shard.connection.execute(f"select pg_create_logical_replication_slot('{SLOT}', 'pgoutput')")
+        shard.leaders.move(shard.node)
+        await eventually(feed.tasks[0].done, "its turn ended")
+        assert isinstance(feed.tasks[0].exception(), StandDown)
+    async with running_feed(shard, aggregator.settings) as feed:
+        caches = Caches(shard, feed)
+        await caches.fill()
+        await caches.holds("a", "b", "missed")
 
 
 async def test_a_rebuild_of_a_feed_that_moves_takes_nothing_back(shard: ShardDatabase, aggregator: RunningAggregator) -> None:

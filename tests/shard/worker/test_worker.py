@@ -460,6 +460,54 @@ async def test_a_failover_under_load_loses_and_doubles_nothing(
     await derived.same(30)
 
 
+@pytest.mark.faults
+async def test_a_slot_that_is_lost_under_a_running_worker_costs_no_payment_and_no_restart(
+    shard_cluster: Cluster, workers: list[WorkerProcess], store: Shards, derived: Derived
+) -> None:
+    worker = await started(workers[0])
+    await eventually(holds(derived, *await accept(store, "before")), "the feed works")
+    await eventually(derived.known_to_the_shard, "the shard knows that its feed was applied")
+    session = await leader_session(shard_cluster, store)
+    missed = payment("missed")  # its router is dead
+    try:
+        worker.send(signal.SIGSTOP)
+
+        async def dropped() -> bool:
+            slot = "from pg_replication_slots where slot_name = 'oncepay_feed'"
+            await session.execute(f"select pg_terminate_backend(active_pid, 5000) {slot} and active")
+            try:
+                await session.execute(f"select pg_drop_replication_slot(slot_name) {slot}")
+            except asyncpg.ObjectInUseError:
+                return False
+            return True
+
+        await eventually(dropped, "the slot is gone")
+        await store.accept(missed)
+    finally:
+        worker.send(signal.SIGCONT)
+        session.terminate()
+
+    async def driven_on() -> bool:
+        return (await derived.shard_keys())[missed.key][1] == "attempted"
+
+    await eventually(driven_on, "what the feed never brought is looked after", 40)
+    assert [line["reason"] for line in worker.lines("standing down") if "the slot begins at" in line["reason"]]
+
+    async def answers(status: int, text: str) -> bool:
+        found = await worker.get("/readyz")
+        return found[0] == status and text in str(found[1])
+
+    await eventually(lambda: answers(503, "jumped ahead"), "its feed is halted, and says so")
+    assert await worker.metric("oncepay_feed_halted{") == 1
+    headers = {"Authorization": f"Bearer {shard_cluster.settings.internal_token}"}
+    async with aiohttp.ClientSession(headers=headers) as http:
+        async with http.post(f"http://127.0.0.1:{worker.port}/v1/resnapshot") as answer:
+            assert answer.status == 202
+    await derived.same()
+    await eventually(lambda: answers(200, ""), "the feed moves")
+    assert await worker.metric("oncepay_feed_halted{") == 0
+
+
 async def test_a_payment_in_progress_is_polled_until_it_succeeds(
     shard_cluster: Cluster, workers: list[WorkerProcess], store: Shards, derived: Derived
 ) -> None:
