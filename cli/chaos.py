@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.common import WRONG, handle_errors, home, output_option, port_base
-from cli.deployment import end_on_terminate
+from cli.deployment import dry_run_option, end_on_terminate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,6 @@ WARM_UP = 30
 """Payments before the fault, and after it."""
 WHOLE_S = 60.0
 CAMPAIGN_HOME = "chaos"
-REPORTS = "chaos-reports"
 MEANING = {
     "begun": "payments come in; it begins",
     "broken": "it is broken",
@@ -114,21 +113,32 @@ def list_faults(output: str) -> None:
 
 
 @chaos.command("heal", short_help="Undo what an interrupted fault left.")
+@dry_run_option
 @output_option
 @handle_errors
-def heal(output: str) -> None:
+def heal(dry_run: bool, output: str) -> None:
     """Thaw every process of the cluster, start those that were taken down, and join networks that were cut.
 
     A fault that was interrupted undoes itself; this is for one that was killed.
 
     \b
     Example:
+      oncepay chaos heal --dry-run
       oncepay chaos heal
     """
     from deploy.local import Cluster
-    from deploy.local.faults import mend
+    from deploy.local.faults import mend, would_mend
 
     cluster = Cluster(home())
+    if dry_run:
+        found = would_mend(cluster)
+        if output == "json":
+            click.echo(json.dumps({"ok": True, "dry_run": True, **found}))
+            return
+        click.echo(f"{found['thawed']} processes would be thawed, {len(found['started'])} started: {', '.join(found['started'])}")
+        click.echo(f"networks of these would be joined, if they are cut: {', '.join(found['joins']) or 'none'}")
+        click.echo(f"small disks of these would be forgotten: {', '.join(found['disks']) or 'none'}")
+        return
     mended = mend(cluster)
     if output == "json":
         click.echo(json.dumps({"ok": True, **mended}))
@@ -283,6 +293,7 @@ def campaign(minutes: float, seed: int, keep: bool, output: str) -> None:
     from cli.demo import free_base
     from cli.demo import start as start_cluster
     from deploy.local import Cluster
+    from deploy.local.layout import Layout
 
     end_on_terminate()
     console = Console(highlight=False, quiet=output == "json")
@@ -290,7 +301,7 @@ def campaign(minutes: float, seed: int, keep: bool, output: str) -> None:
     cluster.down(purge=True)
     try:
         start_cluster(cluster, console)
-        result = Campaign(cluster, minutes, seed, home() / REPORTS, console).run()
+        result = Campaign(cluster, minutes, seed, Layout(home()).reports, console).run()
     finally:
         if keep and cluster.is_running():
             console.print(f"The cluster goes on: ONCEPAY_HOME={cluster.home} oncepay status; oncepay down")

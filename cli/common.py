@@ -41,14 +41,20 @@ def home() -> Path:
 
 
 def port_base() -> int | None:
-    """The first port, when one is asked for. Raises click.UsageError."""
+    """The first port, when one is asked for. Raises click.UsageError for one that can't be."""
+    from deploy.local.ports import Ports
+
     text = os.environ.get(PORT_BASE_ENV)
     if not text:
         return None
     try:
-        return int(text)
+        base = int(text)
     except ValueError:
         raise click.UsageError(f"{PORT_BASE_ENV} is no number: {text!r}") from None
+    try:
+        return Ports(base).base
+    except ValueError as error:
+        raise click.UsageError(f"{PORT_BASE_ENV}: {error}") from None
 
 
 def fail(code: int, message: str, *, as_json: bool, slug: str = "wrong") -> None:

@@ -97,7 +97,7 @@ def free_base(wanted: int | None) -> int:
     from deploy.local.errors import PortTaken
     from deploy.local.ports import DEFAULT_BASE, SPAN, Port, check_free
 
-    first = wanted or DEFAULT_BASE
+    first = DEFAULT_BASE if wanted is None else wanted
     for base in range(first, min(first + 10 * SPAN, 65_536 - SPAN), SPAN):
         try:
             check_free(Port(number, "demo") for number in range(base, base + SPAN))

@@ -35,6 +35,8 @@ def status(output: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
+    if found.stopping:
+        console.print("The cluster is being stopped.")
     console.print(process_table(found))
     if found.shards:
         console.print(node_table(found))

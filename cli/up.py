@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.common import handle_errors, home, output_option, port_base
+from cli.deployment import dry_run_option
 
 if TYPE_CHECKING:
     from deploy.local import Cluster, Hooks
+    from deploy.local.preview import Start
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -74,6 +77,7 @@ def terminate(_number: int, _frame: FrameType | None) -> None:
 @click.option("--netns", is_flag=True, help="Give each node a network namespace of its own, so that it can be cut off (root).")
 @click.option("--only", hidden=True, help="Parts to start, separated by commas.")
 @click.option("--shards", hidden=True, help="The shards of a new cluster, separated by commas.")
+@dry_run_option
 @output_option
 @handle_errors
 def up(
@@ -83,6 +87,7 @@ def up(
     netns: bool,
     only: str | None,
     shards: str | None,
+    dry_run: bool,
     output: str,
 ) -> None:
     """Start the local cluster, and return when everything is ready.
@@ -93,6 +98,7 @@ def up(
     \b
     Example:
       oncepay up
+      oncepay up --dry-run
       ONCEPAY_HOME=/tmp/other ONCEPAY_PORT_BASE=9000 oncepay up --foreground
     """
     from deploy.local import Cluster
@@ -107,6 +113,9 @@ def up(
         cluster = Cluster(home(), port_base(), names, only.split(",") if only else None, netns=netns)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    if dry_run:
+        say_what_would_start(cluster.would_start(stripe_key_file, stripe_webhook_secret_file), output)
+        return
     signal.signal(signal.SIGTERM, terminate)
     started_s = time.monotonic()
     as_json = output == "json"
@@ -132,6 +141,21 @@ def up(
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             cluster.down()
+
+
+def say_what_would_start(found: Start, output: str) -> None:
+    """Where the cluster would be, on which ports, and what would run in it."""
+    if output == "json":
+        click.echo(json.dumps({"ok": True, "dry_run": True, **found.as_json()}))
+        return
+    click.echo(f"A {'new ' if found.is_new else ''}cluster would be started in {found.home}.")
+    click.echo(f"  shards     {', '.join(found.shards)}")
+    click.echo(f"  parts      {', '.join(found.parts)}")
+    click.echo(f"  ports      from {found.port_base} on:")
+    for port in found.listens:
+        click.echo(f"    {port.number:<9}{port.purpose}")
+    if found.ends:
+        click.echo(f"{len(found.ends)} processes of an earlier run would be ended first.")
 
 
 def start_with_spinner(start: Callable[[Callable[[object], None]], None]) -> None:

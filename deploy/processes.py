@@ -94,6 +94,20 @@ def postmaster_pid(data_dir: str) -> int | None:
     return pid if is_alive(pid) and is_postgres_of(pid, data_dir) else None
 
 
+def lock_holders(path: str | os.PathLike[str]) -> list[int]:
+    """The processes of which one holds a lock (flock) on the file, as far as this user may see them."""
+    try:
+        file = os.stat(path)
+    except OSError:
+        return []
+    found = []
+    for line in _read("/proc/locks").decode(errors="replace").splitlines():
+        words = line.split()
+        if len(words) > 5 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(file.st_ino) and words[4].isdigit():
+            found.append(int(words[4]))
+    return [pid for pid in found if is_alive(pid)]
+
+
 def find(match: Match, *, candidates: Iterable[int] | None = None) -> list[int]:
     """The live processes that match, without this one."""
     own = os.getpid()

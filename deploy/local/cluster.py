@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,9 @@ from deploy.local.leftovers import Leftovers
 from deploy.local.network import Network
 from deploy.local.parts import ALL_PARTS, Plan, default_parts, node_names
 from deploy.local.ports import DEFAULT_BASE, MAX_SHARDS, Ports, check_free
+from deploy.local.preview import Ending, Start
 from deploy.local.status import Status
-from deploy.local.supervisor import Supervisor, SupervisorAway
+from deploy.local.supervisor import ProcessState, Supervisor, SupervisorAway, SupervisorStops
 from oncepay.settings import Settings
 
 DEFAULT_SHARDS = ("s0", "s1")
@@ -33,6 +35,9 @@ SHARD_NAME = re.compile(r"[a-z][a-z0-9]{0,15}")
 UP_TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 75.0
 """More than a service, then a node, then etcd may take to stop before the supervisor kills it."""
+LOCK_WAIT_S = 30.0
+"""How long `down` waits for an `up` that it has cut off to end, or for one that has started nothing yet."""
+LOCK_POLL_S = 0.1
 
 __all__ = ["Cluster", "Hooks"]
 
@@ -76,9 +81,9 @@ class Cluster:
             raise NotRunning(f"there is no cluster in {self.home}: start one with `oncepay up`")
         return memory
 
-    def _plan(self, memory: Memory) -> Plan:
+    def _plan(self, memory: Memory, *, keep: bool = True) -> Plan:
         ports = Ports(memory.port_base)
-        passwords = secrets.load_or_make(self.layout)
+        passwords = secrets.load_or_make(self.layout, keep=keep)
         return Plan(
             layout=self.layout,
             ports=ports,
@@ -149,17 +154,10 @@ class Cluster:
         When a part doesn't come up, or the caller is interrupted, all is stopped again. Raises AlreadyRunning,
         RestoreUndone, PortTaken, PartFailed, WrongHome.
         """
+        self._check_key(stripe_key_file)
         self.layout.make()
         with self.only_one_up():
-            if self.is_running():
-                router = f"http://127.0.0.1:{self.ports.router}"
-                raise AlreadyRunning(
-                    f"a cluster is already running in {self.home}, its router at {router}: `oncepay status` shows it"
-                )
-            if self.layout.restoring.exists() and not restoring:
-                raise RestoreUndone(
-                    f"a restore of etcd was begun in {self.home} and is not over: run `oncepay etcd restore FILE` again"
-                )
+            self._check_stopped(restoring=restoring)
             memory = self._next_memory(stripe_key_file, stripe_webhook_secret_file)
             if not Leftovers(self.layout).end():
                 raise ClusterError("processes of an earlier run can't be ended")
@@ -178,8 +176,45 @@ class Cluster:
                 supervisor.start(self.layout)
                 BringUp(plan, memory, hooks or Hooks(), on_progress or (lambda _: None), timeout_s).run()
             except BaseException:
-                self.down()
+                self._clear(stopped=self._stop())
                 raise
+
+    def _check_key(self, key_file: Path | None) -> None:
+        """Raises WrongHome for a Stripe key that can't be used, before anything is written."""
+        memory = self.layout.memory()
+        if path := str(key_file or "") or (memory.stripe_key_file if memory is not None else ""):
+            secrets.read_key(path)
+
+    def _check_stopped(self, *, restoring: bool = False) -> None:
+        """Raises AlreadyRunning, RestoreUndone."""
+        if self.is_running():
+            router = f"http://127.0.0.1:{self.ports.router}"
+            raise AlreadyRunning(
+                f"a cluster is already running in {self.home}, its router at {router}: `oncepay status` shows it"
+            )
+        if self.layout.restoring.exists() and not restoring:
+            raise RestoreUndone(
+                f"a restore of etcd was begun in {self.home} and is not over: run `oncepay etcd restore FILE` again"
+            )
+
+    def would_start(self, stripe_key_file: Path | None = None, stripe_webhook_secret_file: Path | None = None) -> Start:
+        """What `up` would start, and what it would end before. Nothing is written. Raises what `up` raises before it starts."""
+        self.layout.check_usable()
+        self._check_key(stripe_key_file)
+        with self._lock() as is_free:
+            if not is_free:
+                raise self._at_work()
+            self._check_stopped()
+            memory = self._next_memory(stripe_key_file, stripe_webhook_secret_file)
+            plan = dataclasses.replace(self._plan(memory, keep=False), os_user=os_user.for_postgres())
+            all_programs = plan.programs()
+            listens = sorted({port for program in all_programs for port in program.listens})
+            left = Leftovers(self.layout).find()
+            if not left:  # which may hold the ports now
+                check_free(listens)
+            parts = tuple(dict.fromkeys(program.part for program in all_programs))
+            is_new = self.layout.memory() is None
+            return Start(self.home, is_new, memory.port_base, tuple(listens), memory.shards, parts, tuple(left))
 
     def add_shard(
         self,
@@ -315,12 +350,32 @@ class Cluster:
     @contextlib.contextmanager
     def only_one_up(self) -> Iterator[None]:
         """Nobody else starts or changes this cluster meanwhile. Raises AlreadyRunning."""
-        with open(self.layout.lock, "w", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise AlreadyRunning(f"another `oncepay up` is at work in {self.home}") from error
+        with self._lock(make=True) as is_free:
+            if not is_free:
+                raise self._at_work()
             yield
+
+    @contextlib.contextmanager
+    def _lock(self, *, make: bool = False) -> Iterator[bool]:
+        """Whether nobody else starts or changes this cluster; then nobody does meanwhile. Without a lock nobody began."""
+        with contextlib.ExitStack() as stack:
+            is_free = True
+            try:
+                file = stack.enter_context(open(self.layout.lock, "ab" if make else "rb+"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_free = os.path.samestat(os.fstat(file.fileno()), os.stat(self.layout.lock))  # or it was purged meanwhile
+            except BlockingIOError:
+                is_free = False
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as error:
+                raise WrongHome(f"can't use {self.layout.lock}: {error.strerror}") from error
+            yield is_free
+
+    def _at_work(self) -> AlreadyRunning:
+        holders = processes.lock_holders(self.layout.lock)
+        who = ", ".join(f"pid {pid}: {' '.join(processes.command(pid))}" for pid in holders) or "its pid can't be seen"
+        return AlreadyRunning(f"another `oncepay` is at work on the cluster in {self.home} ({who})")
 
     def _next_memory(self, key_file: Path | None, webhook_secret_file: Path | None) -> Memory:
         """What the home will remember of this `up`. Raises WrongHome when that doesn't fit its data."""
@@ -329,8 +384,6 @@ class Cluster:
         parts = self._wanted_parts if self._wanted_parts is not None else default_parts()
         known = self.layout.memory()
         if known is None:
-            if any(self.layout.nodes.glob("*/data")):
-                raise WrongHome(f"{self.layout.memory_file} is missing, though {self.layout.nodes} holds data")
             base = self._wanted_base if self._wanted_base is not None else DEFAULT_BASE
             return Memory(base, self._wanted_shards, parts, (), key, webhook_secret, self._wanted_netns)
         if self._wanted_base not in (None, known.port_base):
@@ -356,44 +409,77 @@ class Cluster:
         )
 
     def down(self, *, purge: bool = False) -> bool:
-        """Stop everything; with `purge` kill it, with the clusters in its sub-folders, and delete the home.
+        """Stop everything; with `purge` kill it, with the clusters in its sub-folders, and delete their data.
 
-        Returns whether anything was running. Raises ClusterError when something can't be ended.
+        Returns whether anything was running. Raises WrongHome when there is nothing to purge but other things, AlreadyRunning
+        when somebody else starts or changes the cluster for long, ClusterError when something can't be ended.
         """
+        if purge:
+            self.layout.check_purge()
+        stopped = False
+        held_since_s: float | None = None
+        while True:
+            stopped |= self._stop(purge=purge)
+            with self._lock() as is_free:
+                if is_free:
+                    return self._clear(stopped=stopped, purge=purge)
+            now_s = time.monotonic()
+            held_since_s = held_since_s or now_s
+            if now_s - held_since_s > LOCK_WAIT_S:
+                raise self._at_work()
+            time.sleep(LOCK_POLL_S)
+
+    def _stop(self, *, purge: bool = False) -> bool:
+        """Have the supervisor end everything, or with `purge` kill all; whether there was a supervisor."""
         pid = self._supervisor_pid()
-        if pid is not None and not purge:
+        if pid is None:
+            return False
+        if purge:
+            Leftovers(self.layout, below=True).kill()
+        else:
             self._stop_supervisor(pid)
+        return True
+
+    def _clear(self, *, stopped: bool, purge: bool = False) -> bool:
+        """End what is left, and remove what only a running cluster needs; whether anything was running. Under the lock."""
         leftovers = Leftovers(self.layout, below=purge)
-        was_running = pid is not None or bool(leftovers.find())
-        ended = leftovers.kill() if purge or pid is not None else leftovers.end()
+        was_running = stopped or bool(leftovers.find())
+        ended = leftovers.kill() if purge or stopped else leftovers.end()
         if not ended:
             raise ClusterError(f"these processes can't be ended: {leftovers.find()}")
         self._remove_networks(below=purge)
         if purge:
-            for below in self.home.glob("*/cluster.json"):
-                Layout(below.parent).clean_run()
             self.layout.purge()
-        else:
+        elif not self.home.exists() or self.layout.holds_cluster():
             self.layout.clean_run()
         return was_running
 
+    def would_end(self, *, purge: bool = False) -> Ending:
+        """What `down` would stop, delete and leave. Raises WrongHome."""
+        if purge:
+            self.layout.check_purge()
+        found = Leftovers(self.layout, below=purge).find()
+        left = [self.home / name for each in self.layout.homes() for name in each.strange()] if purge else []
+        return Ending.of(self.home, found, list(self.layout.data()) if purge else [], left)
+
     def _remove_networks(self, *, below: bool) -> None:
         """Delete the nodes' namespaces, in which nothing runs any more."""
-        layouts = [self.layout, *(Layout(each.parent) for each in self.home.glob("*/cluster.json") if below)]
-        for layout in layouts:
+        for layout in self.layout.homes() if below else [self.layout]:
             with contextlib.suppress(WrongHome):
                 memory = layout.memory()
                 if memory is not None and memory.netns:
                     Network(memory.port_base).remove()
 
     def _stop_supervisor(self, pid: int) -> None:
-        """Ask it to stop all and end; kill it when it doesn't within the bound."""
+        """Ask it to stop all and end, and wait for that. What doesn't answer, or doesn't end within the bound, is left."""
         try:
             handle = os.pidfd_open(pid)
         except ProcessLookupError:
             return
         try:
             Supervisor(self.layout).shut_down()
+        except SupervisorStops:
+            pass  # another `down` has asked it
         except SupervisorAway:
             os.close(handle)
             return
@@ -412,11 +498,14 @@ class Cluster:
         memory = self._memory()
         if not self.is_running():
             raise NotRunning(f"no cluster is running in {self.home}: start it with `oncepay up`")
+        states, stopping = dict[str, ProcessState](), False
         try:
             states = Supervisor(self.layout, timeout_s=2.0).states()
         except SupervisorAway:
-            states = {}
-        return status.collect(self._plan(memory), states)
+            pass
+        except SupervisorStops:
+            stopping = True
+        return status.collect(self._plan(memory), states, stopping=stopping)
 
     def supervisor(self) -> Supervisor:
         """To stop and start single processes. Raises NotRunning."""

@@ -27,7 +27,7 @@ from deploy.local.bring_up import Hooks
 from deploy.local.cluster import Cluster
 from deploy.local.errors import ClusterError
 from deploy.local.etcd import Gateway
-from deploy.local.layout import Layout, write_secret
+from deploy.local.layout import KEPT_ETCD, Layout, write_secret
 from deploy.local.parts import Plan, node_names
 from deploy.local.ports import ETCD_MEMBERS
 from oncepay.settings import Settings
@@ -60,7 +60,7 @@ def make_data(plan: Plan, snapshot: Path) -> Path:
 def put_in_place(layout: Layout, made: Path) -> Path:
     """What was made becomes etcd's data, and the cluster is marked; where what etcd had before the first try is kept."""
     data = layout.home / "etcd"
-    now = layout.home / f"etcd.before-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S.%fZ}"
+    now = layout.home / f"{KEPT_ETCD}{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S.%fZ}"
     if not layout.restoring.exists():
         write_secret(layout.restoring, os.fsencode(now.name))
     kept = layout.home / os.fsdecode(layout.restoring.read_bytes())

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,16 @@ from deploy.local.errors import WrongHome
 SOCKET_PATH_BYTES = 107
 SUPERVISOR_SUFFIX_BYTES = 9
 """The supervisor first binds the socket's name with a dot and its pid (up to 4194304) added."""
+MEMORY, LOCK, REPORTS = "cluster.json", "up.lock", "chaos-reports"
+FILES = ("oncepay.toml", "api_key", "etcd.restoring", MEMORY, LOCK)
+FOLDERS = ("secrets", "logs", "state", "run", "aggregator-db", "etcd", "etcd.new", "nodes", "backups")
+OWN = frozenset({*FILES, *(f"{name}.new" for name in FILES), *FOLDERS})
+"""What a cluster has in its home, beside what its etcd had before a restore."""
+KEPT_ETCD = "etcd.before-"
+NOBODYS = frozenset({REPORTS, "lost+found"})
+"""What may lie in a home before its cluster is made: the reports of campaigns, and what each disk has at its top."""
+NAMED = 3
+"""How many strange names an error tells."""
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,11 +79,16 @@ class Layout:
 
     @property
     def memory_file(self) -> Path:
-        return self.home / "cluster.json"
+        return self.home / MEMORY
 
     @property
     def lock(self) -> Path:
-        return self.home / "up.lock"
+        return self.home / LOCK
+
+    @property
+    def reports(self) -> Path:
+        """Of campaigns of faults, whose clusters are in sub-folders."""
+        return self.home / REPORTS
 
     @property
     def settings(self) -> Path:
@@ -158,9 +174,11 @@ class Layout:
         return self.short_run / "supervisor.sock"
 
     def make(self) -> None:
-        """Make the folders, readable by their owner alone. Raises WrongHome."""
+        """Make the folders, readable by their owner alone. Raises WrongHome, also when the folder is used for something else."""
+        self.check_usable()
         try:
             self.home.mkdir(parents=True, exist_ok=True)
+            self.lock.touch()  # first: it tells that the rest is a cluster's
             for folder in (self.secrets, self.logs, self.state, self.run, self.nodes, self.aggregator_db, self.home / "etcd"):
                 folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
@@ -193,17 +211,99 @@ class Layout:
         except (OSError, msgspec.DecodeError) as error:
             raise WrongHome(f"can't read {self.memory_file}: {error}") from error
 
-    def purge(self) -> None:
-        """Delete the home with all data in it, if it is one. Raises WrongHome."""
-        self.clean_run()
-        if not self.home.exists():
-            return
-        if not self.lock.exists() and self.memory() is None and any(self.home.iterdir()):
-            raise WrongHome(f"{self.home} holds no cluster: nothing was deleted")
+    def names(self) -> list[str]:
+        """All that is in the home; nothing when it isn't there. Raises WrongHome."""
         try:
-            shutil.rmtree(self.home)
+            return sorted(os.listdir(self.home))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise WrongHome(f"can't use {self.home} (ONCEPAY_HOME): {error.strerror}") from error
+
+    def holds_cluster(self) -> bool:
+        """Whether a cluster was made here, or an `up` began to: then there is nothing else beside its lock."""
+        return os.path.lexists(self.memory_file) or (os.path.lexists(self.lock) and not self.strange())
+
+    def below(self) -> list[Layout]:
+        """The clusters in sub-folders, such as those of `demo` and of campaigns."""
+        found = []
+        for name in self.names():
+            each = Layout(self.home / name)
+            with contextlib.suppress(WrongHome):  # it can't be read
+                if not is_own(name) and os.path.isdir(each.home) and not os.path.islink(each.home) and each.holds_cluster():
+                    found.append(each)
+        return found
+
+    def homes(self) -> list[Layout]:
+        """This one, and those of the clusters below it."""
+        return [self, *(home for each in self.below() for home in each.homes())]
+
+    def strange(self) -> list[str]:
+        """What is in the home and neither a cluster's nor nobody's."""
+        known = NOBODYS | {each.home.name for each in self.below()}
+        return [name for name in self.names() if not is_own(name) and name not in known]
+
+    def check_usable(self) -> None:
+        """Raises WrongHome when no cluster can be made here, or started: the folder is used for something else."""
+        there = self.home
+        while not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "it can't be written to" if there.is_dir() else f"{there} is no folder"
+            raise WrongHome(f"can't use {self.home} (ONCEPAY_HOME): {why}")
+        if os.path.lexists(self.memory_file):
+            return
+        if any(self.nodes.glob("*/data")):
+            raise WrongHome(f"{self.memory_file} is missing, though {self.nodes} holds data")
+        strange = self.strange()
+        if not os.path.lexists(self.lock):
+            strange += [name for name in self.names() if is_own(name)]
+        if strange:
+            raise WrongHome(
+                f"{self.home} holds no cluster, but other things ({some(strange)}): "
+                "let ONCEPAY_HOME name a new or an empty folder, for instance one within it"
+            )
+
+    def check_purge(self) -> None:
+        """Raises WrongHome when there is something here, and none of it is a cluster's."""
+        if self.names() and not any(self.data()):
+            raise WrongHome(f"{self.home} holds no cluster: nothing was stopped, and nothing was deleted")
+
+    def data(self) -> Iterator[Path]:
+        """What `purge` deletes: all that belongs to this cluster and to those below it. What marks a home comes last."""
+        for each in self.below():
+            yield from each.data()
+        names, own = self.names(), self.holds_cluster()
+        ours = [name for name in names if name == REPORTS or (own and is_own(name))]
+        yield from (self.home / name for name in sorted(ours, key=lambda name: (name == LOCK, name == MEMORY, name)))
+
+    def purge(self) -> None:
+        """Delete the cluster's data and that of the clusters below, and each home that has nothing else. Raises WrongHome."""
+        self.check_purge()
+        homes = self.homes()
+        for each in homes:
+            each.clean_run()
+        try:
+            for path in list(self.data()):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise WrongHome(f"can't delete all of {self.home}: {error}") from error
+        for each in reversed(homes):
+            with contextlib.suppress(OSError):  # it isn't empty, or a disk of its own
+                each.home.rmdir()
+
+
+def is_own(name: str) -> bool:
+    """Whether a cluster has something of that name in its home."""
+    return name in OWN or name.startswith(KEPT_ETCD)
+
+
+def some(names: list[str]) -> str:
+    """The first of the names."""
+    return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
 
 
 def write_secret(path: Path, content: bytes) -> None:

@@ -22,12 +22,22 @@ def _ancestors() -> set[int]:
     return found
 
 
+def _is_data_of(home: str, directory: str) -> bool:
+    """Whether it is a data directory of the cluster in `home`."""
+    parts = directory.removeprefix(home + os.sep).split(os.sep)
+    return directory.startswith(home + os.sep) and parts[-1] == "data" and parts[0] in ("nodes", "aggregator-db")
+
+
 class Leftovers:
-    """The processes of the cluster in one home, and with `below` also of clusters in its sub-folders."""
+    """The processes of the cluster in one home; with `below` also of clusters in its sub-folders, and of deleted ones there."""
 
     def __init__(self, layout: Layout, *, below: bool = False) -> None:
         self._home = str(layout.home)
         self._below = below
+        homes = layout.homes() if below else [layout]
+        self._homes = {str(each.home) for each in homes}
+        # A Postgres is told by where its data lies, so that has to be a cluster's, or gone.
+        self._data = {str(each.home) for each in homes if not each.home.exists() or each.holds_cluster()}
         self._spared = _ancestors()
 
     def matches(self, pid: int) -> bool:
@@ -37,18 +47,14 @@ class Leftovers:
         return self._is_marked(pid) or self._is_postgres(pid)
 
     def _is_marked(self, pid: int) -> bool:
-        if not self._below:
-            return processes.is_marked(pid, self._home)
         home = processes.variable(pid, processes.CLUSTER_ENV)
-        return home is not None and (home == self._home or home.startswith(self._home + os.sep))
+        if home is None or home in self._homes:
+            return home is not None
+        return self._below and home.startswith(self._home + os.sep) and not os.path.lexists(home)
 
     def _is_postgres(self, pid: int) -> bool:
         directory = processes.working_dir(pid)
-        if not directory.startswith(self._home + os.sep):
-            return False
-        below_home = directory[len(self._home) + 1 :].split(os.sep)
-        is_data = below_home[-1] == "data" and (self._below or below_home[0] in ("nodes", "aggregator-db"))
-        return is_data and processes.is_postgres_of(pid, directory)
+        return any(_is_data_of(home, directory) for home in self._data) and processes.is_postgres_of(pid, directory)
 
     def find(self) -> list[int]:
         return processes.find(self.matches)

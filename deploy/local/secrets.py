@@ -50,8 +50,8 @@ class Passwords(msgspec.Struct, frozen=True):
     tipalti_notifications: str = msgspec.field(default_factory=_token)
 
 
-def load_or_make(layout: Layout) -> Passwords:
-    """The home's secrets. Raises WrongHome when their file can't be read."""
+def load_or_make(layout: Layout, *, keep: bool = True) -> Passwords:
+    """The home's secrets, which are written when they are new and `keep`. Raises WrongHome when their file can't be read."""
     kept = b""
     try:
         kept = layout.passwords.read_bytes()
@@ -60,7 +60,7 @@ def load_or_make(layout: Layout) -> Passwords:
         passwords = Passwords()
     except (OSError, msgspec.DecodeError) as error:
         raise WrongHome(f"can't read {layout.passwords}: {error}") from error
-    if kept != (encoded := msgspec.json.encode(passwords)):
+    if keep and kept != (encoded := msgspec.json.encode(passwords)):
         write_secret(layout.passwords, encoded)
         write_secret(layout.api_key, passwords.api_key.encode() + b"\n")
         write_secret(layout.tipalti_notifications, passwords.tipalti_notifications.encode() + b"\n")
@@ -76,13 +76,21 @@ def api_key_record(api_key: str) -> tuple[str, dict[str, object]]:
     }
 
 
-def _read_key(path: str) -> str:
+def read_key(path: str) -> str:
+    """The secret key in the file. Raises WrongHome when it can't be read, or isn't one of a test account."""
     try:
         key = Path(path).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise WrongHome(f"can't read the Stripe key file {path}: {error.strerror}") from error
-    if not key.startswith(("sk_", "rk_")):
-        raise WrongHome(f"{path} doesn't hold a Stripe secret key (sk_… or rk_…)")
+    except UnicodeDecodeError:
+        key = ""
+    if key.startswith(("sk_live_", "rk_live_")):
+        raise WrongHome(
+            f"{path} holds a live key, and a local cluster would move real money with it: "
+            "take one of a Stripe test account (sk_test_… or rk_test_…)"
+        )
+    if not key.startswith(("sk_test_", "rk_test_")):
+        raise WrongHome(f"{path} doesn't hold a secret key of a Stripe test account (sk_test_… or rk_test_…)")
     return key
 
 
@@ -97,7 +105,7 @@ def stripe_settings(layout: Layout, ports: Ports, passwords: Passwords, memory: 
         )
     webhook_secret = memory.stripe_webhook_secret_file
     return StripeSettings(
-        api_key=_read_key(memory.stripe_key_file),
+        api_key=read_key(memory.stripe_key_file),
         webhook_secret_files=(webhook_secret,) if webhook_secret else (),
         default_rate_limit_per_s=REAL_STRIPE_RATE_PER_S,
     )

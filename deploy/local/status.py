@@ -57,7 +57,7 @@ class EtcdStatus(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """The whole cluster. `urls` are origins without a slash at the end."""
+    """The whole cluster. `urls` are origins without a slash at the end. While it is `stopping` no pids are told."""
 
     urls: dict[str, str]
     api_key: str
@@ -65,6 +65,7 @@ class Status(msgspec.Struct, frozen=True):
     shards: list[ShardStatus]
     aggregator_dsn: str
     etcd: list[EtcdStatus]
+    stopping: bool = False
 
     @property
     def healthy(self) -> bool:
@@ -150,7 +151,7 @@ def _urls(plan: Plan, programs: list[Program]) -> dict[str, str]:
     return urls
 
 
-def collect(plan: Plan, states: dict[str, ProcessState]) -> Status:
+def collect(plan: Plan, states: dict[str, ProcessState], *, stopping: bool = False) -> Status:
     """Ask everything, at once, and put the answers together."""
     programs = plan.programs()
     with ThreadPoolExecutor(1) as pool:
@@ -178,6 +179,7 @@ def collect(plan: Plan, states: dict[str, ProcessState]) -> Status:
             "oncepay_reader", postgres.reader_password, plan.ports.aggregator_postgres, postgres.database
         ),
         etcd=[EtcdStatus(program.name, pids[program.name], program.port) for program in programs if program.part == "etcd"],
+        stopping=stopping,
     )
 
 

@@ -20,6 +20,8 @@ from deploy.local.parts import Group, Program, project_root
 
 RPC_TIMEOUT_S = 5.0
 STOPPED_POLL_S = 0.1
+SHUTDOWN_STATE = 6
+"""Its answer to every call while it stops (`supervisor.xmlrpc.Faults`, whose import takes long)."""
 LOG_BYTES = 10 * 1024 * 1024
 LOG_BACKUPS = 2
 START_RETRIES = 1_000_000
@@ -31,6 +33,12 @@ FOREIGN_PREFIXES = ("PG", "PATRONI", "ETCD_", "SUPERVISOR_")
 
 class SupervisorAway(ClusterError):
     """The supervisor doesn't answer."""
+
+
+class SupervisorStops(ClusterError):
+    """The cluster is being stopped."""
+
+    slug = "local-cluster-stopping"
 
 
 class ProcessState(NamedTuple):
@@ -154,7 +162,7 @@ class _Transport(xmlrpc.client.Transport):
 
 
 class Supervisor:
-    """A running supervisor. Every call raises SupervisorAway when it doesn't answer."""
+    """A running supervisor. Every call raises SupervisorAway when it doesn't answer, SupervisorStops while it ends everything."""
 
     def __init__(self, layout: Layout, timeout_s: float = RPC_TIMEOUT_S) -> None:
         transport = _Transport(str(layout.supervisor_socket), timeout_s)
@@ -165,6 +173,10 @@ class Supervisor:
             return getattr(self._proxy.supervisor, method)(*arguments)
         except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
             raise SupervisorAway(f"the supervisor doesn't answer: {error}") from error
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode == SHUTDOWN_STATE:
+                raise SupervisorStops from fault
+            raise
 
     def pid(self) -> int:
         return int(cast(int, self._call("getPID")))

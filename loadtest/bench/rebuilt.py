@@ -63,7 +63,7 @@ def _at_the_end(batch: FeedBatch, lsn: int) -> FeedBatch:
 
 async def rebuild(running: Running, shape: Shape) -> dict[str, Any]:
     """Send one rebuild, and wait for its answer."""
-    place = running.home / "bench-rebuild"
+    place = running.home / "state" / "bench-rebuild"
     making_s = make(shape, place)
     url = f"http://127.0.0.1:{running.port('aggregator')}/v1/feed/s0/rebuild"
     headers = {"Authorization": f"Bearer {running.settings.internal_token}"}

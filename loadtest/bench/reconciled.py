@@ -123,7 +123,7 @@ def main() -> int:
         "bench-reconciled", "--shards", "s0", "--only", "etcd,aggregator-db,aggregator", aggregator_buffers=asked.buffers
     ) as running:
         rebuilt = asyncio.run(rebuild(running, shape))
-        state = running.home / "bench-stripe"
+        state = running.home / "state" / "bench-stripe"
         with stand_in(running, state):
             pass  # it makes its tables
         planted = fill(state, asked.transactions)

@@ -62,11 +62,21 @@ def test_down_without_a_cluster(runner: CliRunner) -> None:
     assert json.loads(result.stdout) == {"ok": True, "was_running": False, "purged": False}
 
 
-@pytest.mark.parametrize("base", ["eighty", "80", "65530"])
-def test_a_port_base_that_cannot_be(runner: CliRunner, base: str) -> None:
-    result = runner.invoke(main, ["up"], env={"ONCEPAY_PORT_BASE": base})
+@pytest.mark.parametrize("base", ["eighty", "80", "65530", "70000", "-5", "0"])
+@pytest.mark.parametrize("command", [["up"], ["demo"], ["chaos", "campaign"]], ids=" ".join)
+def test_a_port_base_that_cannot_be(
+    runner: CliRunner, command: list[str], base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("a cluster is started")
+
+    monkeypatch.setattr("cli.demo.start", start)
+    monkeypatch.setattr("cli.up.start_with_spinner", start)
+    result = runner.invoke(main, command, env={"ONCEPAY_PORT_BASE": base})
     assert result.exit_code == 2
     assert base in result.stderr
+    assert "ONCEPAY_PORT_BASE" in result.stderr
+    assert not (tmp_path / "home").exists()
 
 
 def test_a_webhook_secret_alone_is_wrong_usage(runner: CliRunner, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from deploy.local import Cluster, NotRunning, PortTaken, WrongHome
 from deploy.local.layout import SOCKET_PATH_BYTES, SUPERVISOR_SUFFIX_BYTES, Layout, Memory
 from deploy.local.ports import Ports
+from deploy.local.secrets import read_key
 
 
 def test_a_deep_home_gets_a_short_folder_for_its_socket(tmp_path: Path) -> None:
@@ -99,6 +100,32 @@ def test_other_books_are_refused(tmp_path: Path) -> None:
     home.remember(Memory(9000, ("s0",), made=("s0",)))
     with pytest.raises(WrongHome, match="another Stripe account"):
         Cluster(home.home).up(stripe_key_file=key)
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        (b"sk_live_abc", "live key.*sk_test_"),
+        (b"rk_live_abc\n", "live key"),
+        (b"pk_test_abc", "doesn't hold"),
+        (b"sk_abc", "doesn't hold"),
+        (b"\xff\xfe", "doesn't hold"),
+        (b"", "doesn't hold"),
+    ],
+)
+def test_only_keys_of_test_accounts_are_taken(tmp_path: Path, key: bytes, why: str) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(key)
+    with pytest.raises(WrongHome, match=why):
+        Cluster(tmp_path / "home").up(stripe_key_file=file)
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("key", ["sk_test_abc", "rk_test_abc\n"])
+def test_a_restricted_key_of_a_test_account_is_one(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "key"
+    file.write_text(key)
+    assert read_key(str(file)) == key.strip()
 
 
 def test_shards_keep_their_numbers_when_one_before_them_is_removed() -> None:

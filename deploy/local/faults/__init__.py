@@ -12,7 +12,7 @@ from deploy.local.faults.base import Fault, Moment, OnMoment, inflict
 from deploy.local.faults.cuts import CutLeader, CutLeaderIn, CutLeaderOut
 from deploy.local.faults.disks import CorruptPage, FullDisk, TornLog
 from deploy.local.faults.hands import FaultFailed, Hands, View
-from deploy.local.faults.mend import mend
+from deploy.local.faults.mend import mend, would_mend
 from deploy.local.faults.nodes import (
     FreezeNode,
     FreezePatroni,
@@ -55,4 +55,4 @@ _KINDS: tuple[type[Fault], ...] = (
 )
 FAULTS: dict[str, type[Fault]] = {kind.name: kind for kind in _KINDS}
 
-__all__ = ["FAULTS", "Fault", "FaultFailed", "Hands", "Moment", "OnMoment", "View", "inflict", "mend"]
+__all__ = ["FAULTS", "Fault", "FaultFailed", "Hands", "Moment", "OnMoment", "View", "inflict", "mend", "would_mend"]
