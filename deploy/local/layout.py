@@ -27,6 +27,8 @@ OWN = frozenset({*FILES, *(f"{name}.new" for name in FILES), *FOLDERS})
 KEPT_ETCD = "etcd.before-"
 NOBODYS = frozenset({REPORTS, "lost+found"})
 """What may lie in a home before its cluster is made: the reports of campaigns, and what each disk has at its top."""
+MARK = b"oncepay\n"
+"""What a home's lock says."""
 NAMED = 3
 """How many strange names an error tells."""
 
@@ -178,7 +180,7 @@ class Layout:
         self.check_usable()
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            self.lock.touch()  # first: it tells that the rest is a cluster's
+            self.lock.write_bytes(MARK)  # first: it tells that the rest is a cluster's
             for folder in (self.secrets, self.logs, self.state, self.run, self.nodes, self.aggregator_db, self.home / "etcd"):
                 folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
@@ -221,8 +223,16 @@ class Layout:
             raise WrongHome(f"can't use {self.home} (ONCEPAY_HOME): {error.strerror}") from error
 
     def holds_cluster(self) -> bool:
-        """Whether a cluster was made here, or an `up` began to: then there is nothing else beside its lock."""
-        return os.path.lexists(self.memory_file) or (os.path.lexists(self.lock) and not self.strange())
+        """Whether a cluster was made here, or an `up` began to: what is named like a cluster's is one's then."""
+        if os.path.lexists(self.memory_file) or self._is_marked():
+            return True
+        return os.path.lexists(self.lock) and not self.strange()  # of an earlier version, which didn't mark it
+
+    def _is_marked(self) -> bool:
+        try:
+            return self.lock.read_bytes() == MARK
+        except OSError:
+            return False
 
     def below(self) -> list[Layout]:
         """The clusters in sub-folders, such as those of `demo` and of campaigns."""
@@ -255,12 +265,9 @@ class Layout:
             return
         if any(self.nodes.glob("*/data")):
             raise WrongHome(f"{self.memory_file} is missing, though {self.nodes} holds data")
-        strange = self.strange()
-        if not os.path.lexists(self.lock):
-            strange += [name for name in self.names() if is_own(name)]
-        if strange:
+        if not self.holds_cluster() and (taken := [name for name in self.names() if is_own(name)]):
             raise WrongHome(
-                f"{self.home} holds no cluster, but other things ({some(strange)}): "
+                f"{self.home} holds no cluster, but other things that are named like its own ({some(taken)}): "
                 "let ONCEPAY_HOME name a new or an empty folder, for instance one within it"
             )
 

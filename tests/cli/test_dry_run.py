@@ -97,7 +97,7 @@ def test_up_makes_its_checks(layout: Layout, tmp_path: Path) -> None:
     key.write_text("sk_live_x")
     assert "live key" in call(layout, "up", "--dry-run", "--stripe-key-file", str(key)).stderr
     assert not layout.home.exists()
-    (tmp_path / "letters").touch()
+    (tmp_path / "logs").mkdir()
     assert "other things" in call(Layout(tmp_path), "up", "--dry-run").stderr
 
 
