@@ -27,6 +27,13 @@ class Unsettled(OncepayError):
     slug = "map-unsettled"
 
 
+class StillRunning(OncepayError):
+    """What has to be stopped for this still runs."""
+
+    status = 409
+    slug = "still-running"
+
+
 @click.group(short_help="Back up etcd, and restore it.")
 def etcd() -> None:
     """Back up etcd, and restore it: the shard map, the pool of keys, API keys, Patroni's records.
@@ -126,18 +133,22 @@ def restore(file: Path, yes: bool, dry_run: bool, output: str) -> None:
 
 @etcd.command(short_help="After a restore by hand: forget what is old, before anything else starts.")
 @config_option
+@click.option("--yes", is_flag=True, help="Don't ask.")
 @dry_run_option
 @output_option
 @handle_errors
-def forget(config: str | None, dry_run: bool, output: str) -> None:
+def forget(config: str | None, yes: bool, dry_run: bool, output: str) -> None:
     """After etcd was restored by hand (`etcdutl snapshot restore`), and while nothing but etcd runs: give up all blocks of keys,
-    and forget who leads the shards and who is in their quorums.
+    and forget who leads the shards and who is in their quorums. Refused while the Patroni of any node answers.
 
     \b
     Example:
       oncepay etcd forget --config /etc/oncepay/oncepay.toml
     """
     settings = settings_of(config)
+    with_etcd(settings, lambda client: _check_stopped(client, settings))
+    if not yes and not dry_run:
+        click.confirm("Are all key services and nodes stopped? Forget who leads, and give up all blocks?", abort=True, err=True)
     done = with_etcd(settings, lambda client: _forget(client, dry_run=dry_run))
     done["dry_run"] = dry_run
     if output == "json":
@@ -174,6 +185,16 @@ def settle(config: str | None, dry_run: bool, output: str) -> None:
     else:
         _say_settled(done)
     _end_with_open_moves(done)
+
+
+async def _check_stopped(client: Etcd, settings: Settings) -> None:
+    """Raises StillRunning. Of a quorum that is forgotten while a leader is frozen, one that lacks payments could be elected."""
+    from deploy.members import PatroniRest, read, shard_names
+
+    members = [member for shard in await shard_names(client) for member in (await read(client, shard)).members]
+    async with PatroniRest(settings.patroni) as rest:
+        if alive := await rest.answering(members):
+            raise StillRunning(f"Patroni answers of {', '.join(alive)}: stop every node and every key service first")
 
 
 async def _forget(client: Etcd, *, shards: Sequence[str] | None = None, dry_run: bool = False) -> dict[str, Any]:

@@ -50,6 +50,13 @@ class NoBackup(OncepayError):
     slug = "no-backup"
 
 
+class OtherShard(OncepayError):
+    """The folder has backups of another shard."""
+
+    status = 409
+    slug = "other-shard"
+
+
 class LogMissing(OncepayError):
     """The archive of the log has a hole."""
 
@@ -112,6 +119,14 @@ class BackupFolder:
         for record in sorted(self.base.glob(f"*/{RECORD}")):
             found.append(msgspec.json.decode(record.read_bytes(), type=Backup))
         return found
+
+    def check(self, shard: str) -> None:
+        """Raises OtherShard when the folder has backups of another shard: what is the newest, or old, would be told of both."""
+        others = sorted({backup.shard for backup in self.all()} - {shard})
+        if others:
+            raise OtherShard(
+                f"{self.folder} has backups of {', '.join(others)}, and is asked for {shard}'s: each shard needs its own folder"
+            )
 
     def data(self, backup: Backup) -> Path:
         return self.base / backup.id / "data"

@@ -169,6 +169,21 @@ class PatroniRest:
         wanted = list(members)
         return dict(zip((member.name for member in wanted), await asyncio.gather(*map(self._readiness, wanted)), strict=True))
 
+    async def answering(self, members: Iterable[Member]) -> list[str]:
+        """The nodes whose Patroni gives any answer."""
+        wanted = [member for member in members if member.api_url]
+        answers = await asyncio.gather(*map(self._answers, wanted))
+        return [member.name for member, answered in zip(wanted, answers, strict=True) if answered]
+
+    async def _answers(self, member: Member) -> bool:
+        assert self._session is not None, "open it first"
+        url = urlsplit(member.api_url)._replace(path="/liveness").geturl()
+        try:
+            async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=ASK_S)):
+                return True
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
     async def _readiness(self, member: Member) -> bool:
         assert self._session is not None, "open it first"
         url = urlsplit(member.api_url)._replace(path="/readiness").geturl()

@@ -45,12 +45,12 @@ PLATFORMS = {
         EVERYWHERE, "samenet",
     ),
     "compose": Platform(
-        "/var/lib/postgresql/data", "/run/oncepay/pgpass", "/run/oncepay/watchdog", "testing", "/usr/lib/postgresql/18/bin",
-        EVERYWHERE, "samenet",
+        "/var/lib/postgresql/data", "/run/oncepay/pgpass", "/var/lib/postgresql/watchdog", "testing",
+        "/usr/lib/postgresql/18/bin", EVERYWHERE, "samenet",
     ),
     "helm": Platform(
-        "/var/lib/postgresql/data", "/run/oncepay/pgpass", "/run/oncepay/watchdog", "testing", "/usr/lib/postgresql/18/bin",
-        EVERYWHERE, "all",
+        "/var/lib/postgresql/data", "/run/oncepay/pgpass", "/var/lib/postgresql/watchdog", "testing",
+        "/usr/lib/postgresql/18/bin", EVERYWHERE, "all",
     ),
 }  # fmt: skip
 

@@ -34,6 +34,8 @@ LEFT_BY_THE_SOURCE = (
 )
 PRODUCTION = "in production"
 CONNECT_S = 60.0
+NO_CONNECTION = 2
+"""With this psql says that there was no connection, or that it ended."""
 PORT = "5432"
 """Of a Unix socket in a folder of its own."""
 
@@ -75,7 +77,7 @@ class Restore:
             if os.path.exists(path := os.path.join(self.data_dir, name)):
                 os.unlink(path)
         self._forget_targets()
-        with open(os.path.join(self.data_dir, "recovery.signal"), "w", encoding="ascii"):
+        with open(self._signal(), "w", encoding="ascii"):
             pass
 
     def _forget_targets(self) -> None:
@@ -85,6 +87,9 @@ class Restore:
             lines = file.readlines()
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(line for line in lines if not line.lstrip().startswith("recovery_target"))
+
+    def _signal(self) -> str:
+        return os.path.join(self.data_dir, "recovery.signal")
 
     def _program(self, name: str) -> str:
         return os.path.join(self.plan["bin_dir"], name)
@@ -120,10 +125,13 @@ class Restore:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=self.data_dir)
 
     def _recovered(self, postgres: subprocess.Popen[bytes]) -> bool:
-        """Wait until it has ended its recovery, however long that takes; False when it gave up."""
+        """Wait until it has ended its recovery, however long that takes; False when it gave up.
+
+        A backup of a leader says that it is in production from the start: Postgres removes the signal before it says so anew.
+        """
         while postgres.poll() is None:
             control = subprocess.run([self._program("pg_controldata"), self.data_dir], capture_output=True, check=False)
-            if PRODUCTION.encode() in control.stdout:
+            if PRODUCTION.encode() in control.stdout and not os.path.exists(self._signal()):
                 return True
             time.sleep(POLL_S)
         say(f"Postgres ended with {postgres.returncode} before it was there: see its log above")
@@ -136,7 +144,7 @@ class Restore:
         while True:
             done = subprocess.run(command, input=sql.encode(), capture_output=True, check=False)
             # It has just been promoted, and may not take connections yet.
-            if b"the database system is" not in done.stderr or time.monotonic() > deadline_s:
+            if done.returncode != NO_CONNECTION or time.monotonic() > deadline_s:
                 break
             time.sleep(POLL_S)
         if done.returncode:

@@ -149,6 +149,7 @@ def restore(shard: str, name: str, to_time: str | None, backup_id: str, folder: 
     cluster = Cluster(home())
     cluster.check_addition(name)
     place = _folder(shard, folder)
+    place.check(shard)
     chosen = place.choose(id=backup_id, to_time=moment)
     if moment is None:
         place.check_log(chosen)  # a moment that can't be reached is refused by Postgres, the log's end is any end
@@ -201,6 +202,7 @@ def _backup(
 
     report(f"looking at {shard}")
     source, archives = with_etcd(settings, lambda etcd: _source(etcd, settings, shard))
+    place.check(source.shard)
     done: dict[str, Any] = {"shard": shard, "node": source.node, "folder": str(place.folder), "dry_run": dry_run}
     if dry_run:
         return done

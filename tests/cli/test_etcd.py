@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from deploy.etcd_snapshot import Snapshot
 from deploy.local import Cluster, etcd_restore
 from deploy.local.layout import Layout, Memory
 from deploy.local.ports import free_base
+from keygen import upkeep
+from oncepay.etcd.types import KeyValue
 from oncepay.settings import Settings
 
 
@@ -65,3 +70,58 @@ def test_open_moves_are_named(run: Callable[..., Result], command: tuple[str, ..
     found = run(*command, "--output", output)
     assert found.exit_code == 0, found.output
     assert "moves" not in found.stderr
+
+
+class Registered:
+    """An etcd in which a shard has one node, whose Patroni has this address."""
+
+    def __init__(self, api_url: str) -> None:
+        self.kvs = {"shards/s0": "{}", "patroni/s0/members/s0-1": json.dumps({"api_url": api_url, "role": "primary"})}
+        self.deleted: list[str] = []
+
+    async def get_prefix(self, prefix: str) -> tuple[list[KeyValue], int]:
+        return [KeyValue(key, value.encode(), 1) for key, value in self.kvs.items() if key.startswith(prefix)], 1
+
+    async def delete_prefix(self, prefix: str) -> int:
+        self.deleted.append(prefix)
+        return 1
+
+
+@pytest.mark.parametrize("alive", [True, False], ids=["a node runs", "all are stopped"])
+def test_nobody_is_forgotten_while_a_node_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool) -> None:
+    class Patroni(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Patroni)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if not alive:
+        server.shutdown()
+        server.server_close()
+    etcd = Registered(f"http://127.0.0.1:{server.server_address[1]}/patroni")
+
+    def with_etcd(_: Settings, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        return asyncio.run(work(etcd))
+
+    async def retire_all(*_: object, **__: object) -> int:
+        etcd.deleted.append("blocks")
+        return 1
+
+    monkeypatch.setattr(cli.etcd, "with_etcd", with_etcd)
+    monkeypatch.setattr(upkeep, "retire_all", retire_all)
+    monkeypatch.setattr(cli.etcd, "settings_of", lambda _: Settings())
+    env = {"ONCEPAY_HOME": str(tmp_path)}
+    try:
+        found = CliRunner().invoke(cli.etcd.etcd, ["forget", "--output", "json"], env=env, input="n\n")
+        assert found.exit_code == WRONG
+        assert etcd.deleted == []
+        assert ("still-running" in found.output) is alive
+        found = CliRunner().invoke(cli.etcd.etcd, ["forget", "--yes", "--output", "json"], env=env)
+        assert (found.exit_code, bool(etcd.deleted)) == ((WRONG, False) if alive else (0, True)), found.output
+    finally:
+        server.shutdown() if alive else None
+        server.server_close()

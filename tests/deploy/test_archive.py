@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -97,6 +98,25 @@ def half(folder: Path) -> None:
 
 def no_file(folder: Path) -> None:
     (folder / "0001.gz").mkdir()
+
+
+def test_an_archive_that_can_not_be_looked_into_is_not_one_that_nobody_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Postgres lets go of what it takes for archived. (Root may look everywhere.)"""
+    segment, look = tmp_path / "segment", os.stat
+
+    def refused(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path) == str(tmp_path / "wal"):
+            raise PermissionError(13, "Permission denied")
+        return look(path, *arguments, **options)
+
+    segment.write_bytes(b"x")
+    assert put(str(tmp_path / "none"), str(segment), "0" * 24) == 0
+    (tmp_path / "wal").mkdir()
+    monkeypatch.setattr(os, "stat", refused)
+    assert put(str(tmp_path / "wal"), str(segment), "0" * 24) == 1
+    assert "may Postgres' user read and write it?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [no_folder, no_content, half, no_file])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg2
 import pytest
 
-from deploy import manifest
-from deploy.backup import BackupFailed, BackupFolder, NoBackup, Source, take
+from deploy import manifest, os_user, restore
+from deploy.backup import BackupFailed, BackupFolder, NoBackup, OtherShard, Source, take
 from deploy.furthest import log_end
 from deploy.manifest import BackupDamaged, verify
 from deploy.programs import postgres_bin
@@ -139,3 +141,38 @@ def test_a_node_that_got_more_log_is_further(server: PostgresServer) -> None:
     assert after > before
     execute(server, "select pg_switch_wal()", "insert into held values (1)")
     assert log_end(server.data_dir, postgres_bin()) > after
+
+
+def test_a_backup_of_a_leader_is_restored_as_far_as_the_log_goes(
+    server: PostgresServer, folder: BackupFolder, tmp_path: Path
+) -> None:
+    """The trap: its control file says that it is in production before recovery has begun."""
+    [backup] = folder.all()
+    execute(server, "insert into held select generate_series(1, 200000)")
+    plan = {
+        "backup": str(folder.data(backup)), "archive": str(folder.wal), "to_time": "", "database": "postgres", "user": "postgres",
+        "bin_dir": str(postgres_bin()), "sql": "create table made_anew (n integer); insert into made_anew values (7)",
+    }  # fmt: skip
+    data, file = tmp_path / "data", tmp_path / "plan.json"
+    file.write_text(json.dumps(plan))
+    command = [
+        *os_user.for_postgres().prefix,
+        sys.executable,
+        "-S",
+        restore.__file__,
+        str(file),
+        "--scope=s9",
+        f"--datadir={data}",
+    ]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (data / "recovery.signal").exists()
+    control = subprocess.run([postgres_bin() / "pg_controldata", data], capture_output=True, check=True, text=True)
+    assert "shut down" in control.stdout
+    assert "TimeLineID:       2" in control.stdout, "it was promoted"
+
+
+def test_a_folder_is_one_shards(folder: BackupFolder) -> None:
+    folder.check("s0")
+    with pytest.raises(OtherShard, match=r"backups of s0.*asked for s1's"):
+        folder.check("s1")

@@ -56,6 +56,10 @@ def test_no_password_stands_in_it_and_everybody_needs_one(platform: str) -> None
 def test_a_machine_has_a_device_and_a_container_the_wrappers_pipe() -> None:
     assert printed("systemd")["watchdog"]["device"] == "/dev/watchdog"
     assert {printed(platform)["watchdog"]["driver"] for platform in ("compose", "helm")} == {"testing"}
+    for platform in ("compose", "helm"):  # the wrapper makes the pipe, in the folder that holds the data
+        found = printed(platform)
+        pipe, data = Path(found["watchdog"]["device"]), Path(found["postgresql"]["data_dir"])
+        assert (pipe.parent, pipe.name, data.name) == (data.parent, "watchdog", "data")
 
 
 def test_sizes_are_settable() -> None:
