@@ -87,7 +87,7 @@ class Bulk:
         self._covered_to_s = 0.0
 
     async def sort(self, due: Sequence[Pending]) -> Sorted:
-        """Sort what is due by what the lists say. Raises StripeUnavailable: then each has to be asked for singly."""
+        """Sort what is due by what the lists say. Raises StripeUnavailable or StripeRefused: then each is asked for singly."""
         unsure = self._changed.intersection(pending.key for pending in due)
         self._changed -= unsure  # what happens from here on is for the next look
         young = [pending for pending in due if pending.tries <= YOUNG_TRIES]
@@ -132,7 +132,8 @@ class Bulk:
 
     def _covers(self, pending: Pending) -> bool:
         """Whether all events since this payment was last looked at have been handed over."""
-        looked_s = self._now() - self._cache.distance_s(pending.status, pending.tries) * (1 + JITTER) - SLACK_S
+        since_s = self._cache.distance_s(pending.status, pending.tries) * (1 + JITTER) + pending.late_s
+        looked_s = self._now() - since_s - SLACK_S
         return self._covered_from_s + EVENT_OVERLAP_S < looked_s and self._covered_to_s > self._now() - EVENT_OVERLAP_S
 
     def handed(self, from_s: float, to_s: float, keys: Iterable[Key]) -> None:
