@@ -12,19 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from oncepay.cart import Item, Share, gross_of
-from oncepay.payment import (
-    Capture,
-    CaptureMethod,
-    Command,
-    Dispute,
-    Failure,
-    GiveUpReason,
-    OnDecline,
-    Progress,
-    Refund,
-    Status,
-    Terms,
-)
+from oncepay.payment import Capture, CaptureMethod, Command, Dispute, Failure, GiveUpReason, OnDecline, Progress, Refund, Terms
 
 
 class _Line(msgspec.Struct, array_like=True, frozen=True):
@@ -72,16 +60,6 @@ class _ItemsAndFees(msgspec.Struct, array_like=True, frozen=True):
     fees: tuple[int, ...]
 
 
-class _Agreed(msgspec.Struct, array_like=True, frozen=True):
-    """What of the terms says whether the platform has the next move."""
-
-    items: msgspec.Raw
-    fees: msgspec.Raw
-    api_version: msgspec.Raw
-    payment_method: str = ""
-    on_decline: str = "retry"
-
-
 class _FailureOf(msgspec.Struct, array_like=True, frozen=True):
     """The failure, with what stands before it."""
 
@@ -99,19 +77,12 @@ class _TermsObject(msgspec.Struct, frozen=True):
     shares: tuple[Share, ...]
 
 
-class _AgreedObject(msgspec.Struct, frozen=True):
-    payment_method: str = ""
-    on_decline: str = "retry"
-
-
 class _ProgressObject(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
 _items_and_fees = msgspec.json.Decoder(_ItemsAndFees).decode
 _items_and_shares = msgspec.json.Decoder(_TermsObject).decode
-_agreed = msgspec.json.Decoder(_Agreed).decode
-_agreed_object = msgspec.json.Decoder(_AgreedObject).decode
 _failure = msgspec.json.Decoder(_FailureOf).decode
 _failure_object = msgspec.json.Decoder(_ProgressObject).decode
 _encode = msgspec.json.Encoder().encode
@@ -225,20 +196,3 @@ def items_and_fee_in(text: str) -> tuple[tuple[Item, ...], int]:
 def failure_in(text: str) -> Failure | None:
     """The failure in a text of progress, whatever else a later version may say there. Raises as `parse_progress`."""
     return _failure_object(text).failure if text.startswith("{") else _failure(text).failure
-
-
-def waits_in(status: str, terms: str | None, progress: str | None) -> bool:
-    """Whether a payment with open work, as these texts have it, waits for the buyer, the merchant or Stripe: the platform has no
-    next step (`Driver._step`), and no fee to read. False where the text that tells isn't there, or can't be read."""
-    try:
-        if status in {Status.ATTEMPTED, Status.REQUIRES_PAYMENT_METHOD} and terms is not None:
-            agreed = _agreed_object(terms) if terms.startswith("{") else _agreed(terms)
-            return not agreed.payment_method if status == Status.ATTEMPTED else agreed.on_decline != "fail"
-        if status in {Status.REQUIRES_CAPTURE, Status.SUCCEEDED} and progress is not None:
-            known = parse_progress(progress)
-            if status == Status.REQUIRES_CAPTURE:
-                return known.capture is None
-            return known.stripe_fee >= 0 and all(refund.status != "requested" for refund in known.refunds)
-    except (msgspec.MsgspecError, ValueError):
-        return False
-    return status == Status.REQUIRES_ACTION

@@ -132,8 +132,7 @@ class Bulk:
 
     def _covers(self, pending: Pending) -> bool:
         """Whether all events since this payment was last looked at have been handed over."""
-        since_s = self._cache.distance_s(pending.status, pending.tries) * (1 + JITTER) + pending.late_s
-        looked_s = self._now() - since_s - SLACK_S
+        looked_s = self._now() - self._cache.distance_s(pending.status, pending.tries) * (1 + JITTER) - SLACK_S
         return self._covered_from_s + EVENT_OVERLAP_S < looked_s and self._covered_to_s > self._now() - EVENT_OVERLAP_S
 
     def handed(self, from_s: float, to_s: float, keys: Iterable[Key]) -> None:

@@ -1,14 +1,12 @@
 """The pending cache: every payment of the shard with open work, in memory, ordered by when it is looked at next.
 
 Filled once from the table, then kept by the change feed alone. Compact: payments with the same state and the same moment
-of their next look share a bucket, and the issued keys' 36 characters are kept as 27 bytes. What is due stands in three lines, so
-that payments that only wait, however many they are, are in the way of none that has to be driven on.
+of their next look share a bucket, and the issued keys' 36 characters are kept as 27 bytes.
 """
 
 from __future__ import annotations
 
 import heapq
-import sys
 import time
 from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
@@ -20,7 +18,6 @@ import msgspec
 from oncepay.feed import PaymentRow
 from oncepay.keys import ISSUED_CHARACTERS, ISSUED_PREFIX, slot
 from oncepay.payment import WAITING, Key, Status
-from oncepay.payment_text import waits_in
 from oncepay.settings import PollSettings
 
 JITTER = 0.2
@@ -31,34 +28,14 @@ TURN_S = 0.1
 """What changes within so long of each other is looked at first in the same second; then it is spread."""
 PARTS_MAX = 8
 """What is due together is spread over so many moments: the next time each of these parts is."""
-LOADED_MAX = 256
-"""So many payments of the table that wait, with the same state, are looked at first in the same second."""
-OVERDUE_S = 60
-"""So often what had to wait for longer than that is looked through for payments whose time is over meanwhile."""
-STALE_MIN = 256
-"""At least so many keys of a bucket are looked through at once: most may have left it."""
 TRIES_MAX = 63
 FAR_S, FAR_GRAIN_S = 21_600, 900
 """Payments whose time is over later than that are kept with it to a quarter of an hour."""
 
-AHEAD, OVER, WAITS = range(3)
-"""The lines. In the first is what may have to be driven on, and what something has happened to; in the second what waits for
-others and may be past its time; in the third what only waits."""
-LINES = (AHEAD, OVER, WAITS)
-UNBOUNDED = (sys.maxsize,) * len(LINES)
-NOT_GIVEN_UP = frozenset({Status.PROCESSING, Status.REQUIRES_CAPTURE, Status.CANCELING, Status.SUCCEEDED})
-"""In these the payment's time being over changes nothing."""
-
-_COUNT = len(Status)
-_STATUSES = tuple(Status) * 3
-_CALLED, _RESTING = _COUNT, 2 * _COUNT
-"""Added to a status's number where the payment only waits: something has happened to it, so that it goes ahead; nothing has."""
-_CODES: dict[str, int] = {status.value: code for code, status in enumerate(Status)}
+_STATUSES = tuple(Status)
+_CODES: dict[str, int] = {status.value: code for code, status in enumerate(_STATUSES)}
 """A status as a small number: hashing an enum's member costs more than all else here."""
-_RESTING_CODES: dict[str, int] = {value: _RESTING + code for value, code in _CODES.items()}
-_PATIENT = frozenset(status.value for status in (*WAITING, Status.ATTEMPTED))
-_PATIENT_CODES = frozenset(_CODES[value] for value in _PATIENT)
-_GIVEN_UP_CODES = frozenset(_RESTING_CODES[status.value] for status in Status if status not in NOT_GIVEN_UP)
+_PATIENT_CODES = frozenset(_CODES[status.value] for status in (*WAITING, Status.ATTEMPTED))
 
 _TO_URL = bytes.maketrans(b"+/", b"-_")
 _FROM_URL = bytes.maketrans(b"-_+/=", b"+/!!!")
@@ -71,16 +48,13 @@ assert 0x80 <= _PACKED[0] < 0xC0
 
 
 class Pending(msgspec.Struct, frozen=True, gc=False):
-    """A payment with open work. `tries`: looks since its last change. `expires_s` is rounded down, so "maybe past". It was taken
-    from `line`, `late_s` after it was due."""
+    """A payment with open work. `tries`: looks since its last change. `expires_s` is rounded down, so "maybe past"."""
 
     key: Key
     status: Status
     version: int
     tries: int
     expires_s: int
-    line: int = AHEAD
-    late_s: int = 0
 
 
 class _Bucket:
@@ -97,28 +71,6 @@ class _Bucket:
         self.keys: list[bytes] = []
 
 
-_State = tuple[int, int, int, float]
-"""Status (with what is added to it), version, tries, when the payment is over."""
-
-
-class _Line:
-    """Buckets by moment and state, and the moments in order."""
-
-    __slots__ = ("buckets", "moments")
-
-    def __init__(self) -> None:
-        self.buckets: dict[int, dict[_State, _Bucket]] = {}
-        self.moments: list[int] = []
-
-    def at(self, due: int) -> dict[_State, _Bucket]:
-        """The buckets of a moment, by their state."""
-        buckets = self.buckets.get(due)
-        if buckets is None:
-            buckets = self.buckets[due] = {}
-            heapq.heappush(self.moments, due)
-        return buckets
-
-
 class PendingCache:
     """Not for threads. `now` is the clock in seconds since 1970.
 
@@ -132,13 +84,13 @@ class PendingCache:
         self._max_s = poll.max_s
         self._now = now
         self._entries: dict[bytes, _Bucket] = {}
-        self._lines = tuple(_Line() for _ in LINES)
+        self._buckets: dict[int, dict[tuple[int, int, int, float], _Bucket]] = {}
+        self._due: list[int] = []
         self._settled: dict[bytes, int] | None = None
         self._counts = [0] * len(_STATUSES)
-        self._turn_s = self._turn_end_s = self._far_s = self._overdue_s = 0.0
+        self._turn_s = self._turn_end_s = self._far_s = 0.0
         self._first_due = 0
-        self._first: dict[_State, _Bucket] = {}
-        self._loaded: dict[_State, _Bucket] = {}
+        self._first: dict[tuple[int, int, int, float], _Bucket] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -154,7 +106,7 @@ class PendingCache:
     @property
     def counts(self) -> dict[Status, int]:
         """How many are pending, by status."""
-        return {status: sum(self._counts[code::_COUNT]) for code, status in enumerate(Status)}
+        return dict(zip(_STATUSES, self._counts, strict=True))
 
     def get(self, key: str) -> Pending | None:
         """What is known of a pending payment."""
@@ -167,8 +119,9 @@ class PendingCache:
     def begin_fill(self) -> None:
         """Start over: empty, and remembering what gets settled until `end_fill`."""
         self._entries.clear()
-        self._lines = tuple(_Line() for _ in LINES)
-        self._forget_open()
+        self._buckets.clear()
+        self._due.clear()
+        self._turn_end_s = 0.0
         self._counts = [0] * len(_STATUSES)
         self._settled = {}
 
@@ -179,7 +132,6 @@ class PendingCache:
     def end_fill(self) -> None:
         """The feed has passed a barrier that was committed after the snapshot: everything is known."""
         self._settled = None
-        self._loaded.clear()
 
     # Changes
 
@@ -190,20 +142,10 @@ class PendingCache:
 
     def changed(self, row: PaymentRow) -> None:
         """A row as a commit left it, from the feed."""
-        waits = row.status in _PATIENT and waits_in(row.status, row.terms, row.progress)
-        self.put(row.key, row.status, row.version, row.open_work, row.expires_at_us / 1e6, waits)
+        self.put(row.key, row.status, row.version, row.open_work, row.expires_at_us / 1e6)
 
-    def load(self, key: str, status: str, version: int, expires_s: float, waits: bool, changed_s: float) -> None:
-        """A row of the table with open work, made at `changed_s`. `waits`: the next move is somebody else's. Such a payment, and
-        one that Stripe has worked on for long, has its first look some time within the longest distance."""
-        rests = waits or (status == Status.PROCESSING.value and self._now() - changed_s > self._max_s)
-        self.put(key, status, version, True, expires_s, rests, rests)
-
-    def put(
-        self, key: str, status: str, version: int, open_work: bool, expires_s: float, waits: bool = False, spread: bool = False
-    ) -> None:
-        """A payment's state, unless a state of the same or a higher version is known. `status` is one of Status. Looks at what
-        `waits` come after all others; with `spread` the first one is some time within the longest distance."""
+    def put(self, key: str, status: str, version: int, open_work: bool, expires_s: float) -> None:
+        """A payment's state, unless a state of the same or a higher version is known. `status` is one of Status."""
         packed = pack(key)
         before = self._entries.get(packed)
         settled = self._settled
@@ -214,16 +156,16 @@ class PendingCache:
         elif settled is not None and settled.get(packed, 0) >= version:
             return
         if open_work:
-            code = (_RESTING_CODES if waits else _CODES)[status]
+            code = _CODES[status]
             self._counts[code] += 1
             now_s = self._now()
             if not self._turn_s <= now_s < self._turn_end_s:
                 self._turn(now_s)
             far = expires_s > self._far_s
             state = (code, version, 0, expires_s // FAR_GRAIN_S * FAR_GRAIN_S if far else _coarse(expires_s, now_s))
-            bucket = self._spread(state, now_s) if spread else self._first.get(state)
+            bucket = self._first.get(state)
             if bucket is None:
-                bucket = self._first[state] = self._bucket(self._first_due, state)
+                bucket = self._bucket(self._first_due, state)
             bucket.keys.append(packed)
             self._entries[packed] = bucket
         else:
@@ -236,23 +178,8 @@ class PendingCache:
         """Choose the moment of the first look for what changes from now on, for TURN_S."""
         due_s = now_s + self._first_s * (1.0 + JITTER * random())
         self._first_due = _moment(due_s, now_s)
-        self._first = {}
+        self._first = self._at(self._first_due)
         self._turn_s, self._turn_end_s, self._far_s = now_s, now_s + TURN_S, now_s + FAR_S
-
-    def _spread(self, state: _State, now_s: float) -> _Bucket:
-        """A bucket for the first look at a payment of the table that waits: each state has a moment of its own, at random."""
-        bucket = self._loaded.get(state)
-        if bucket is None or len(bucket.keys) >= LOADED_MAX:
-            due_s = now_s + self._first_s + (self._max_s - self._first_s) * random()
-            if state[0] in _GIVEN_UP_CODES:
-                due_s = min(due_s, max(state[3], now_s + self._first_s))
-            bucket = self._loaded[state] = self._bucket(_moment(due_s, now_s), state)
-        return bucket
-
-    def _forget_open(self) -> None:
-        """Nothing more is put into the buckets that were chosen: they may be taken, or gone."""
-        self._turn_end_s = 0.0
-        self._loaded.clear()
 
     def forget(self, key: str) -> None:
         """The payment is another shard's now."""
@@ -271,59 +198,30 @@ class PendingCache:
 
     def next_due_s(self) -> int | None:
         """When the next look is due; it may have settled meanwhile."""
-        return min((line.moments[0] for line in self._lines if line.moments), default=None)
+        return self._due[0] if self._due else None
 
-    def take_due(self, limit: int, limits: Sequence[int] = UNBOUNDED) -> list[Pending]:
-        """Payments whose look is due, at most `limit`, and at most so many of each line as `limits` says; the rest stays due. The
-        first line comes first. Each that is taken is put off to its next look at once."""
+    def take_due(self, limit: int) -> list[Pending]:
+        """Payments whose look is due, at most about `limit`. Each is put off to its next look at once."""
         now_s = self._now()
-        if now_s >= self._overdue_s:
-            self._overdue_s = now_s + OVERDUE_S
-            self._find_over(now_s)
         taken: list[Pending] = []
-        for number, line in enumerate(self._lines):
-            left = min(limit - len(taken), limits[number])
-            while left > 0 and line.moments and line.moments[0] <= now_s:
-                self._forget_open()  # their moment may be this one
-                buckets = line.buckets[line.moments[0]]
-                while buckets and left > 0:
-                    state, bucket = buckets.popitem()
-                    code, version, tries, _ = state
-                    status, expires_s, late_s = _STATUSES[code], bucket.expires_s, int(now_s) - bucket.due_s
-                    due = unpack_all(self._put_off(bucket, now_s, left))
-                    taken += [Pending(key, status, version, tries, expires_s, number, late_s) for key in due]
-                    left -= len(due)
-                    if bucket.keys:
-                        buckets[state] = bucket
-                if not buckets:
-                    del line.buckets[heapq.heappop(line.moments)]
+        while self._due and self._due[0] <= now_s and len(taken) < limit:
+            self._turn_end_s = 0.0  # its moment may be this one
+            for bucket in self._buckets.pop(heapq.heappop(self._due)).values():
+                status, version, tries, expires_s = _STATUSES[bucket.status], bucket.version, bucket.tries, bucket.expires_s
+                due = unpack_all(self._put_off(bucket, now_s))
+                taken += [Pending(key, status, version, tries, expires_s) for key in due]
         return taken
 
-    def _find_over(self, now_s: float) -> None:
-        """Move what only waited when it became due, had to, and may be past its time meanwhile, to the line of its like."""
-        waits, over = self._lines[WAITS], self._lines[OVER]
-        for due in [moment for moment in waits.moments if moment <= now_s - OVERDUE_S]:
-            buckets, there = waits.buckets[due], over.at(due)
-            for state in [state for state in buckets if state[0] in _GIVEN_UP_CODES and state[3] <= now_s]:
-                if state not in there:
-                    there[state] = buckets.pop(state)
-
-    def _put_off(self, bucket: _Bucket, now_s: float, limit: int) -> list[bytes]:
-        """Take up to `limit` of a bucket, spread them over those of their next look, and return them. The others stay, where they
-        have not changed or settled since."""
+    def _put_off(self, bucket: _Bucket, now_s: float) -> list[bytes]:
+        """Spread what is left of a bucket over those of its next look, and return it: the others changed or settled since."""
         entries = self._entries
         known = entries.get
-        some = bucket.keys[-max(limit, STALE_MIN) :]
-        del bucket.keys[-len(some) :]
-        due = [packed for packed in dict.fromkeys(some) if known(packed) is bucket]  # one that left may have come back
-        bucket.keys += due[limit:]
-        del due[limit:]
+        due = [packed for packed in dict.fromkeys(bucket.keys) if known(packed) is bucket]  # one that left may have come back
         tries = min(bucket.tries + 1, TRIES_MAX)
         distance_s = self.distance_s(_STATUSES[bucket.status], tries)
         first_s, spread_s = now_s + distance_s * (1.0 - JITTER), distance_s * 2 * JITTER
         last_s = bucket.expires_s if now_s < bucket.expires_s else first_s + spread_s
-        code = bucket.status + _COUNT if _CALLED <= bucket.status < _RESTING else bucket.status
-        state = (code, bucket.version, tries, bucket.expires_s)
+        state = (bucket.status, bucket.version, tries, bucket.expires_s)
         parts = min(len(due), PARTS_MAX)
         for part in range(parts):
             due_s = first_s + spread_s * (part + random()) / parts
@@ -347,48 +245,39 @@ class PendingCache:
         if bucket is not None and expires_s > now_s:
             rounded_s = _coarse(expires_s, now_s)
             due_s = min(bucket.due_s, rounded_s)
-            self._put(packed, _moment(due_s, now_s), (bucket.status, bucket.version, bucket.tries, rounded_s))
+            self._place(packed, due_s, now_s, bucket.status, bucket.version, bucket.tries, rounded_s)
 
     def hurry(self, key: str) -> bool:
-        """Something happened to the payment: look at it now, before those that only wait. One that was not looked at yet may have
-        just changed, and is given the usual time. Whether the look is earlier than it would have been."""
+        """Something happened to the payment: look at it now, unless it has just changed and is looked at soon anyway."""
         packed = pack(key)
         bucket = self._entries.get(packed)
-        if bucket is None:
+        if bucket is None or not bucket.tries:
             return False
         now_s = self._now()
-        due = _moment(now_s if bucket.tries else now_s + self._first_s * (1.0 + JITTER), now_s)
-        sooner = bool(bucket.tries) or due < bucket.due_s
-        self._go_ahead(packed, bucket, due if sooner else bucket.due_s)
-        return sooner
+        self._place(packed, now_s, now_s, bucket.status, bucket.version, bucket.tries, bucket.expires_s)
+        return True
 
-    def ahead(self, key: str) -> None:
-        """The next look at the payment, whenever it is, goes before those at payments that only wait."""
-        packed = pack(key)
-        bucket = self._entries.get(packed)
-        if bucket is not None:
-            self._go_ahead(packed, bucket, bucket.due_s)
-
-    def _go_ahead(self, packed: bytes, bucket: _Bucket, due: int) -> None:
-        """Put a payment into the first line, at `due`."""
-        code = bucket.status - _COUNT if bucket.status >= _RESTING else bucket.status
-        if (code, due) != (bucket.status, bucket.due_s):
-            self._put(packed, due, (code, bucket.version, bucket.tries, bucket.expires_s))
-
-    def _put(self, packed: bytes, due: int, state: _State) -> None:
-        bucket = self._bucket(due, state)
+    def _place(self, packed: bytes, due_s: float, now_s: float, status: int, version: int, tries: int, expires_s: float) -> None:
+        """Put a payment into the bucket of its state and of the first moment not before `due_s`."""
+        bucket = self._bucket(_moment(due_s, now_s), (status, version, tries, expires_s))
         bucket.keys.append(packed)
         self._entries[packed] = bucket
 
-    def _bucket(self, due: int, state: _State) -> _Bucket:
-        """The bucket of a state that is looked at at `due`."""
-        code = state[0]
-        line = AHEAD if code < _RESTING else OVER if due >= state[3] and code in _GIVEN_UP_CODES else WAITS
-        buckets = self._lines[line].at(due)
+    def _bucket(self, due: int, state: tuple[int, int, int, float]) -> _Bucket:
+        """The bucket of a state (status, version, tries, when it is over) that is looked at at `due`."""
+        buckets = self._at(due)
         bucket = buckets.get(state)
         if bucket is None:
             bucket = buckets[state] = _Bucket(due, *state)
         return bucket
+
+    def _at(self, due: int) -> dict[tuple[int, int, int, float], _Bucket]:
+        """The buckets of a moment, by their state."""
+        buckets = self._buckets.get(due)
+        if buckets is None:
+            buckets = self._buckets[due] = {}
+            heapq.heappush(self._due, due)
+        return buckets
 
 
 def _pending(packed: bytes, bucket: _Bucket) -> Pending:

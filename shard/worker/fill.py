@@ -14,7 +14,6 @@ import asyncpg
 
 from oncepay.errors import ShardUnavailable
 from oncepay.logs import get_logger
-from oncepay.payment_text import waits_in
 from shard.worker.cache import PendingCache
 from shard.worker.feed import Feed
 from shard.worker.payout_cache import PayoutCache
@@ -67,8 +66,7 @@ async def _pages(cache: PendingCache, connection: asyncpg.Connection, slots: tup
     while True:
         rows = await connection.fetch(_SQL, slot, key, PAGE_ROWS, slots[1])
         for row in rows:
-            waits = waits_in(row["status"], row["terms"], row["progress"])
-            cache.load(row["key"], row["status"], row["version"], row["expires_s"], waits, row["changed_s"])
+            cache.put(row["key"], row["status"], row["version"], True, row["expires_s"])
         total += len(rows)
         if len(rows) < PAGE_ROWS:
             return total

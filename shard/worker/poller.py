@@ -1,8 +1,7 @@
 """The poller: looks after every open payment until it is settled, whoever started it and whatever became of them.
 
 A payment is due some time after its last change (a router that lives has driven it on by then), then with growing gaps.
-Lists are asked first; what they leave open is driven on singly, which looks at Stripe before it does anything. Payments that only
-wait for others, of which a worker that takes over may find any number, never have all the places.
+Lists are asked first; what they leave open is driven on singly, which looks at Stripe before it does anything.
 """
 
 from __future__ import annotations
@@ -21,19 +20,17 @@ from oncepay.stripe_client import StripeStored
 from shard.store.batch import EpochOver
 from shard.worker import metrics
 from shard.worker.bulk import Bulk
-from shard.worker.cache import AHEAD, NOT_GIVEN_UP, Pending, PendingCache
+from shard.worker.cache import Pending, PendingCache
 from shard.worker.errors import StandDown
 
 IN_FLIGHT_MAX = 256
 """Payments that are taken up at once; the others stay due."""
 CONCURRENCY = 24
 """Payments that are driven at once."""
-LINE_MAX = (IN_FLIGHT_MAX, 64, 96)
-"""Of each of the cache's lines so many are taken up at once …"""
-LINE_CONCURRENCY = (CONCURRENCY, 6, 12)
-"""… and driven at once."""
 IDLE_S = 0.5
 """How late a look may be noticed to be due."""
+NOT_GIVEN_UP = frozenset({Status.PROCESSING, Status.REQUIRES_CAPTURE, Status.CANCELING, Status.SUCCEEDED})
+"""In these the payment's time being over changes nothing."""
 
 _log = get_logger("poller")
 
@@ -68,9 +65,7 @@ class Poller:
         self._bulk = bulk
         self._owns = owns
         self._places = asyncio.Semaphore(CONCURRENCY)
-        self._line_places = [asyncio.Semaphore(most) for most in LINE_CONCURRENCY]
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._room = list(LINE_MAX)
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -95,7 +90,7 @@ class Poller:
 
     def _take(self) -> list[Pending]:
         allowed = self.breaker.allowance(IN_FLIGHT_MAX - len(self._tasks))
-        taken = self._cache.take_due(allowed, self._room) if allowed > 0 else []
+        taken = self._cache.take_due(allowed) if allowed > 0 else []
         mine = []
         for pending in taken:
             if not self._owns(slot(pending.key)):
@@ -117,42 +112,33 @@ class Poller:
                 self._bulk.unsure(pending.key)
             return
         now_s = time.time()
-        rest = []
-        for pending in taken:
-            if pending.status is Status.CREATED or _may_be_over(pending, now_s):
-                self._start(pending, None)
-            else:
-                rest.append(pending)
+        alone = [p for p in taken if p.status is Status.CREATED or _may_be_over(p, now_s)]
+        rest = [p for p in taken if not (p.status is Status.CREATED or _may_be_over(p, now_s))]
         try:
             result = await self._bulk.sort(rest)
-        except OncepayError as error:
+        except OncepayError as error:  # a clear no, too: made again and again it must not end the worker
             if isinstance(error, StripeUnavailable):
                 self.breaker.failure()
             _log.warning("lists not read", error=str(error))
-            left: Sequence[Pending] = rest
+            alone += rest
         else:
             for pending in result.unchanged:
                 self._note(pending, "list", "unchanged")
             for pending, view in result.apply:
                 self._start(pending, view)
-            left = result.left
-        for pending in left:
+            alone += result.left
+        for pending in alone:
             self._start(pending, None)
 
     def _start(self, pending: Pending, view: IntentView | None) -> None:
         task = asyncio.create_task(self._one(pending, view), name=f"poll {pending.key}")
         self._tasks[pending.key] = task
-        self._room[pending.line] -= 1
-        task.add_done_callback(lambda _: self._done(pending))
-
-    def _done(self, pending: Pending) -> None:
-        self._tasks.pop(pending.key, None)
-        self._room[pending.line] += 1
+        task.add_done_callback(lambda _: self._tasks.pop(pending.key, None))
 
     async def _one(self, pending: Pending, view: IntentView | None) -> None:
         """Look after one payment; whatever goes wrong, it is due again later."""
         how = "single" if view is None else "list"
-        async with self._line_places[pending.line], self._places:
+        async with self._places:
             try:
                 payment = await (self._single(pending) if view is None else self._seen(pending, view))
             except EpochOver as error:
@@ -203,8 +189,6 @@ class Poller:
     def _failed(self, pending: Pending, how: str, outcome: str, error: Exception) -> None:
         """This look was counted, and said nothing: the next one has to."""
         self._bulk.unsure(pending.key)
-        if pending.line == AHEAD:
-            self._cache.ahead(pending.key)
         self._note(pending, how, outcome, error)
 
     def _note(self, pending: Pending, how: str, outcome: str, error: BaseException | None = None) -> None:

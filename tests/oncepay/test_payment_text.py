@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oncepay.cart import Fee, Item, Share, shares_of
-from oncepay.driver import Driver
-from oncepay.payment import WAITING, Capture, Command, Dispute, Failure, Key, Payment, Progress, Refund, Status, Terms
-from oncepay.payment_text import line_start, parse_progress, parse_terms, progress_text, terms_text, waits_in
+from oncepay.payment import Capture, Command, Dispute, Failure, Progress, Refund, Terms
+from oncepay.payment_text import line_start, parse_progress, parse_terms, progress_text, terms_text
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
@@ -71,23 +68,6 @@ def test_a_seller_is_found_by_how_its_lines_begin(agreed: Terms, seller: str) ->
     if text.startswith("["):
         for name in (seller, *(item.seller for item in agreed.items)):
             assert (line_start(name) in text) == (name in {item.seller for item in agreed.items})
-
-
-@given(terms(), PROGRESS, st.sampled_from([*Status]))
-def test_what_waits_has_no_next_step_here(agreed: Terms, progress: Progress, status: Status) -> None:
-    payment = Payment(Key("k"), status, 1, "b", "usd", 1, agreed, b"", 0, 0, 0, progress=progress)
-    driver = Driver.__new__(Driver)
-    driver._aftercare = SimpleNamespace(capture=driver._create, refund=driver._create)  # type: ignore[assignment]
-    ready = driver._step(payment) is None and not (status is Status.SUCCEEDED and progress.stripe_fee < 0)
-    whole = terms_text(agreed), progress_text(progress)
-    earlier = msgspec.json.encode(agreed).decode(), msgspec.json.encode(progress).decode()
-    for texts in (whole, earlier):
-        waits = waits_in(status.value, *texts)
-        assert not waits or ready
-        if status in WAITING or status is Status.SUCCEEDED or (status is Status.ATTEMPTED and not agreed.payment_method):
-            assert waits == ready
-    assert not waits_in(Status.ATTEMPTED, None, None)
-    assert not waits_in(Status.REQUIRES_CAPTURE, None, "[1")
 
 
 def test_what_is_usual_is_short() -> None:

@@ -1,10 +1,7 @@
 -- The next page of payments with open work of some slots, in the order of the partial index payments_open. Not only of
 -- oncepay.ranges: a range that is fenced may come back, and no new map tells of that.
--- $1, $2: where the page before ended; $3: rows; $4: the last slot. Terms and progress where they tell whether the payment waits.
-select slot, key, status, version, extract(epoch from expires_at)::float8 as expires_s,
-       extract(epoch from updated_at)::float8 as changed_s,
-       case when status in ('attempted', 'requires_payment_method') then coalesce(agreed, terms::text) end as terms,
-       case when status in ('requires_capture', 'succeeded') then coalesce(course, progress::text) end as progress
+-- $1, $2: where the page before ended; $3: rows; $4: the last slot.
+select slot, key, status, version, extract(epoch from expires_at)::float8 as expires_s
 from oncepay.payments
 where open_work
   and (slot, key) > ($1::integer, $2::text)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import asyncpg
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oncepay.errors import ShardUnavailable
 from oncepay.keys import slot
-from oncepay.payment import Capture, Dispute, Payment, Progress, Status
 from oncepay.settings import PayoutSettings, PollSettings
 from oncepay.shardmap import Range, ShardMap
 from shard.store.rows import Put
 from shard.worker import moved
-from shard.worker.cache import WAITS, PendingCache
+from shard.worker.cache import PendingCache
 from shard.worker.fill import Connect, fill
 from shard.worker.moved import Moved, Runs, without
 from shard.worker.payout_cache import PayoutCache
 from tests.postgres_fixture import PostgresServer, postgres_server
 from tests.shard.worker.harness import ShardDatabase, new_payment, running_feed, settings_for, shard_database
-from tests.shard.worker.test_cache import Clock
 
 __all__ = ["postgres_server"]
 
@@ -115,39 +111,6 @@ async def test_what_is_pending_of_a_fenced_range_is_loaded_too(postgres_server: 
             moved_ = Moved("s0", cache, payouts, feed.feed, maps, connect_to(shard))  # type: ignore[arg-type]
             await fill(cache, payouts, feed.feed, connect_to(shard), moved_.owned)
         assert {item.key for item in cache} == {"pending"}
-
-
-@pytest.mark.cluster
-async def test_the_table_tells_which_payments_only_wait(postgres_server: PostgresServer) -> None:
-    """Terms and progress as they are written now; what is to be done here has its first look soon, and goes ahead."""
-    clock = Clock(time.time())
-    waits = [Status.ATTEMPTED, Status.REQUIRES_PAYMENT_METHOD, Status.REQUIRES_ACTION, Status.REQUIRES_CAPTURE]
-
-    def made(key: str, status: Status, **changes: Any) -> Payment:
-        return msgspec.structs.replace(new_payment(key, status=status, intent=f"pi_{key}"), **changes)
-
-    payments = [made(status.value, status) for status in (*waits, Status.CONFIRMING, Status.PROCESSING)]
-    on_decline = msgspec.structs.replace(payments[0].terms, on_decline="fail")
-    payments += [
-        made("given up", Status.REQUIRES_PAYMENT_METHOD, terms=on_decline),
-        made("captured", Status.REQUIRES_CAPTURE, progress=Progress(capture=Capture(1, 1000, ()))),
-        made("no fee", Status.SUCCEEDED),
-        made("disputed", Status.SUCCEEDED, progress=Progress(stripe_fee=3, disputes=(Dispute("dp", "needs_response", 5),))),
-    ]
-    async with shard_database(postgres_server) as shard:
-        for payment in payments:
-            await shard.put(Put(made(payment.key, Status.CREATED, intent="", terms=payment.terms), 0, "accepted"))
-            await shard.put(Put(payment, 1, "moved on"))
-        await shard.put(Put(new_payment("new"), 0, "accepted"))
-        cache, payouts = PendingCache(PollSettings(), clock), PayoutCache(PayoutSettings())
-        cache.begin_fill()
-        payouts.begin_fill()
-        async with running_feed(shard, settings_for(shard)) as feed:
-            await fill(cache, payouts, feed.feed, connect_to(shard), [(0, 65_535)])
-        clock.now_s += 400
-        lines = {pending.key: pending.line for pending in cache.take_due(100)}
-    assert {key for key, line in lines.items() if line == WAITS} == {*(status.value for status in waits), "disputed"}
-    assert len(lines) == len(payments) + 1
 
 
 def connect_to(shard: ShardDatabase) -> Connect:

@@ -18,9 +18,9 @@ from oncepay.stripe_client import StripeRefused, StripeStored
 from oncepay.stripe_objects import ErrorObject, IntentList, IntentObject
 from shard.store.batch import EpochOver
 from shard.worker.bulk import BULK_MIN, CHANGED_MAX, SINGLE_AT, Bulk, decide
-from shard.worker.cache import AHEAD, WAITS, Pending, PendingCache
+from shard.worker.cache import Pending, PendingCache
 from shard.worker.errors import StandDown
-from shard.worker.poller import CONCURRENCY, LINE_CONCURRENCY, Poller
+from shard.worker.poller import Poller
 from tests.shard.worker.harness import new_payment
 from tests.shard.worker.test_cache import Clock
 
@@ -235,8 +235,6 @@ class Rows:
         self.calls: list[tuple[str, str]] = []
         self.error: Exception | None = None
         self.called = asyncio.Event()
-        self.takes_s = 0.0
-        self.running = self.most = 0
 
     def _note(self, what: str, key: str) -> None:
         self.calls.append((what, key))
@@ -253,10 +251,6 @@ class Rows:
 
     async def drive_on(self, key: str) -> Payment | None:
         self._note("drive_on", key)
-        self.running += 1
-        self.most = max(self.most, self.running)
-        await asyncio.sleep(self.takes_s)
-        self.running -= 1
         return self.rows.get(Key(key))
 
     async def see(self, payment: Payment, view: IntentView, event: str) -> Payment:
@@ -356,61 +350,6 @@ async def test_when_a_list_is_refused_each_is_asked_for_singly() -> None:
     assert lists.calls
     assert sorted(rows.calls[: len(keys)]) == sorted(("drive_on", key) for key in keys)
     assert not poller.breaker.open
-
-
-async def test_any_number_of_payments_that_only_wait_are_in_the_way_of_none_whose_router_died() -> None:
-    """Carts that a worker finds when it takes over. What comes then has its first look after a second."""
-    clock = Clock(time.time() - 100)
-    cache, rows = PendingCache(PollSettings(first_s=1.0, max_s=300.0), clock), Rows()
-    for n in range(5_000):
-        cache.put(f"cart{n}", "requires_payment_method", 2, True, FAR_S, waits=True)
-    for n in range(500):
-        cache.put(f"over{n}", "requires_action", 2, True, clock.now_s, waits=True)
-    cache._now = time.time
-    rows.takes_s = 0.1
-    poller = Poller("s0", cache, rows, rows, Bulk(Lists(), cache, "s0", 1.0), lambda _: True)
-    polling = asyncio.create_task(poller.run())
-    try:
-        async with asyncio.timeout(60):
-            while len(rows.calls) < 3 * sum(LINE_CONCURRENCY[1:]):
-                await asyncio.sleep(0.01)
-            assert rows.most == sum(LINE_CONCURRENCY[1:]) < CONCURRENCY
-            cache.put("new", "created", 1, True, FAR_S)
-            cache.put("asked", "requires_capture", 5, True, FAR_S)
-            while not {("drive_on", "new"), ("drive_on", "asked")} <= set(rows.calls):
-                await asyncio.sleep(0.01)
-    finally:
-        polling.cancel()
-        await asyncio.gather(polling, return_exceptions=True)
-    assert len(rows.calls) < 1_000, "not behind all the others"
-
-
-async def test_what_goes_ahead_still_does_after_a_look_that_failed() -> None:
-    clock, rows = Clock(10_000), Rows(new_payment("a", status=Status.REQUIRES_ACTION))
-    bulk, cache = bulk_for(Lists(), clock, [])
-    cache.put("a", "requires_action", 3, True, FAR_S, waits=True)
-    clock.now_s += LONG_S
-    assert [pending.line for pending in cache.take_due(10)] == [WAITS]
-    assert cache.hurry("a")
-    clock.now_s += 1
-    rows.error = WrongState("not now")
-    await until_called(Poller("s0", cache, rows, rows, bulk, lambda _: True), rows, 1)
-    clock.now_s += LONG_S
-    assert [pending.line for pending in cache.take_due(10)] == [AHEAD]
-    clock.now_s += LONG_S
-    assert [pending.line for pending in cache.take_due(10)] == [WAITS]
-
-
-async def test_what_had_to_stand_in_line_was_looked_at_longer_ago() -> None:
-    """All events since a payment's last look must be known before it counts as unchanged."""
-    clock, lists = Clock(10_000), Lists()
-    bulk, _ = bulk_for(lists, clock, ["k"])
-    bulk.handed(9_000, 9_990, [])
-    clock.now_s += 1_000
-    bulk.handed(9_990, clock.now_s - 10, [])
-    assert not (await bulk.sort([pending(Status.PROCESSING, 9, "k")])).left
-    late = msgspec.structs.replace(pending(Status.PROCESSING, 9, "k"), late_s=2_000)
-    assert (await bulk.sort([late])).left == [late]
 
 
 LONG_S = 3 * PollSettings().max_s
