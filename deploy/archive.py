@@ -17,7 +17,6 @@ Only the standard library is imported: this runs for each 16 MiB of log.
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import sys
 import zlib
@@ -60,16 +59,14 @@ def sync(path: str) -> None:
 def put(folder: str, path: str, name: str) -> int:
     """Archive the file; 0 when the archive has it for good, 1 when it has another one of that name, or is gone."""
     try:
-        there = stat.S_ISDIR(os.stat(folder).st_mode)
+        os.stat(os.path.join(folder, ""))  # of a file that raises too
     except FileNotFoundError:
-        there = False
-    except OSError as error:  # it may be there: what it can't be seen to have is not archived
-        sys.stderr.write(f"the archive {folder} can't be looked at ({error.strerror}): may Postgres' user read and write it?\n")
-        return 1
-    if not there:
         if not os.path.exists(BEGUN):
             return 0
         sys.stderr.write(f"the archive {folder} is gone: mount it, or put it back; a backup makes a new one\n")
+        return 1
+    except OSError as error:  # it may be there: what it can't be seen to have is not archived
+        sys.stderr.write(f"the archive {folder} can't be looked at ({error.strerror}): may Postgres' user read and write it?\n")
         return 1
     with open(path, "rb") as source:
         data = source.read()

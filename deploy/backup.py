@@ -24,6 +24,7 @@ import msgspec
 
 from deploy.archive import SUFFIX
 from deploy.manifest import Manifest, verify
+from deploy.os_user import OsUser
 from oncepay.errors import OncepayError
 
 ROLE = "oncepay_backup"
@@ -108,10 +109,12 @@ class BackupFolder:
         self.base = folder / "base"
         self.wal = folder / "wal"
 
-    def make(self) -> None:
-        """Make it; from then on the shard's nodes archive their log."""
+    def make(self, user: OsUser | None = None) -> None:
+        """Make it; from then on the shard's nodes archive their log, as `user`, who gets the folders."""
         for path in (self.folder, self.base, self.wal):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if user is not None:
+                user.own(path)
 
     def all(self) -> list[Backup]:
         """Every finished backup, oldest first."""

@@ -84,7 +84,7 @@ class Wrapper:
 
     def __init__(self, folder: str, timeout_s: float, command: list[str]) -> None:
         self.folder = os.path.realpath(folder)
-        self.data_dir = os.path.join(self.folder, "data")
+        self.data_dir = os.path.realpath(os.path.join(self.folder, "data"))  # what its Postgres is known by
         self.home = os.environ[processes.CLUSTER_ENV]
         self.name = os.environ[processes.PROCESS_ENV]
         self.command = command

@@ -127,11 +127,13 @@ class Restore:
     def _recovered(self, postgres: subprocess.Popen[bytes]) -> bool:
         """Wait until it has ended its recovery, however long that takes; False when it gave up.
 
-        A backup of a leader says that it is in production from the start: Postgres removes the signal before it says so anew.
+        A backup of a leader says that it is in production from the start: Postgres removes the signal before it says so anew,
+        so the signal is looked at first.
         """
         while postgres.poll() is None:
+            over = not os.path.exists(self._signal())
             control = subprocess.run([self._program("pg_controldata"), self.data_dir], capture_output=True, check=False)
-            if PRODUCTION.encode() in control.stdout and not os.path.exists(self._signal()):
+            if over and PRODUCTION.encode() in control.stdout:
                 return True
             time.sleep(POLL_S)
         say(f"Postgres ended with {postgres.returncode} before it was there: see its log above")

@@ -69,7 +69,8 @@ def backup(
     settings = settings_of(config)
     began_s = time.monotonic()
     with reporting(output) as report:
-        done = _backup(settings, shard, _folder(shard, folder), keep, log_only, dry_run, report)
+        local = config is None and folder is None
+        done = _backup(settings, shard, _folder(shard, folder), keep, log_only, dry_run, report, local=local)
     done["seconds"] = round(time.monotonic() - began_s, 2)
     if output == "json":
         click.echo(json.dumps(done))
@@ -193,10 +194,20 @@ def _folder(shard: str, folder: Path | None) -> BackupFolder:
 
 
 def _backup(
-    settings: Settings, shard: str, place: BackupFolder, keep: int | None, log_only: bool, dry_run: bool, report: Report
+    settings: Settings,
+    shard: str,
+    place: BackupFolder,
+    keep: int | None,
+    log_only: bool,
+    dry_run: bool,
+    report: Report,
+    *,
+    local: bool,
 ) -> dict[str, Any]:
+    """With `local` the nodes of the local cluster archive into that folder, as whom they run."""
     import msgspec
 
+    from deploy import os_user
     from deploy.backup import take
     from deploy.programs import postgres_bin
 
@@ -209,7 +220,7 @@ def _backup(
     done["archived_to"] = None
     since = place.choose() if log_only else next(reversed(place.all()), None)
     if not log_only:
-        place.make()
+        place.make(os_user.for_postgres() if local else None)
         taken = take(place, source, settings.postgres.backup_password, postgres_bin(), report)
         done["backup"] = msgspec.to_builtins(taken)
         since = since or taken
@@ -218,7 +229,10 @@ def _backup(
         done["archived_to"] = with_etcd(settings, lambda etcd: archive_to_now(etcd, settings, shard, place, since))
     elif log_only:
         raise NotFound(f"the nodes of {shard} don't archive their log (archive_mode is off)")
-    done["dropped"] = place.drop_older(keep) if keep and not log_only else []
+    done["dropped"] = []
+    if keep and not log_only:
+        place.check(source.shard)  # another shard's may have come meanwhile
+        done["dropped"] = place.drop_older(keep)
     return done
 
 

@@ -24,6 +24,7 @@ from deploy import processes
 from deploy.backup import SEGMENT_BYTES, Backup, BackupFailed, BackupFolder, Source, await_archived, segment_name
 from deploy.local import Cluster, WrongHome
 from deploy.local.layout import Memory
+from deploy.os_user import OsUser
 from oncepay.settings import Settings
 from shard.store.facts import ArchiveFacts
 
@@ -37,8 +38,8 @@ def run(*arguments: str, code: int = 0) -> Any:
     return json.loads(result.stdout)
 
 
-def put_backup(place: BackupFolder, id: str, end: int) -> None:
-    made = Backup(id, "s0", "i", "s0-1", MOMENT, MOMENT, 1, end, end, 1, 1, [])
+def put_backup(place: BackupFolder, id: str, end: int, shard: str = "s0") -> None:
+    made = Backup(id, shard, "i", "s0-1", MOMENT, MOMENT, 1, end, end, 1, 1, [])
     (place.base / id).mkdir()
     (place.base / id / "backup.json").write_bytes(msgspec.json.encode(made))
 
@@ -196,6 +197,59 @@ def test_a_backup_without_an_archive_says_so_and_is_not_all_well(
     assert result.exit_code == WRONG
     assert "archive_mode is off" in result.stderr
     assert "backup b2" in result.stdout
+
+
+@pytest.fixture
+def taken(place: BackupFolder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A shard s0 that archives no log; the names of shards whose backups were taken. Taking one changes nothing."""
+    module, found = importlib.import_module("cli.shards.backups"), list[str]()
+
+    def take(_: BackupFolder, source: Source, *__: object) -> Backup:
+        found.append(source.shard)
+        return place.choose()
+
+    monkeypatch.setattr(module, "settings_of", lambda _: Settings())
+    monkeypatch.setattr(module, "with_etcd", lambda *_: (Source("s0", "i", 1, [], "s0-1", "127.0.0.1", 1), False))
+    monkeypatch.setattr("deploy.backup.take", take)
+    return found
+
+
+def test_backups_of_two_shards_in_one_folder_are_not_taken_for_one_anothers(
+    place: BackupFolder, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cluster, "check_addition", lambda *_: None)
+    put_backup(place, "b3", 8 * SEGMENT_BYTES, "s1")
+    for command in (("backup", "s0", "--keep", "1"), ("restore", "s0", "--as", "s9", "--dry-run")):
+        error = run(*command, "--folder", str(place.folder), code=WRONG)["error"]
+        assert error["type"] == "other-shard"
+        assert "backups of s1, and is asked for s0's" in error["detail"]
+    assert taken == []
+    assert [backup.id for backup in place.all()] == ["b1", "b2", "b3"]
+
+
+def test_another_shards_backup_that_comes_meanwhile_drops_nothing(
+    place: BackupFolder, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(*_: object) -> Backup:
+        put_backup(place, "b3", 8 * SEGMENT_BYTES, "s1")
+        return place.choose(id="b2")
+
+    monkeypatch.setattr("deploy.backup.take", take)
+    assert run("backup", "s0", "--keep", "1", code=WRONG)["error"]["type"] == "other-shard"
+    assert [backup.id for backup in place.all()] == ["b1", "b2", "b3"]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its nodes' folder", "another one"])
+def test_the_nodes_own_the_folder_that_they_archive_into(
+    place: BackupFolder, taken: list[str], monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """Root makes it, for itself alone; Postgres may run as a dedicated user."""
+    given: list[tuple[Path, int, int]] = []
+    monkeypatch.setattr("deploy.os_user.for_postgres", lambda: OsUser(("setpriv",), 4711, 4712))
+    monkeypatch.setattr(os, "chown", lambda *arguments: given.append(arguments))
+    run("backup", "s0", *(() if own else ("--folder", str(place.folder))), code=WRONG)
+    assert taken == ["s0"]
+    assert given == ([(path, 4711, 4712) for path in (place.folder, place.base, place.wal)] if own else [])
 
 
 async def test_a_backup_fails_while_the_archiver_does(place: BackupFolder, monkeypatch: pytest.MonkeyPatch) -> None:

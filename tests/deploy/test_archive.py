@@ -107,7 +107,7 @@ def test_an_archive_that_can_not_be_looked_into_is_not_one_that_nobody_began(
     segment, look = tmp_path / "segment", os.stat
 
     def refused(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
-        if str(path) == str(tmp_path / "wal"):
+        if os.path.normpath(path) == str(tmp_path / "wal"):
             raise PermissionError(13, "Permission denied")
         return look(path, *arguments, **options)
 
@@ -117,6 +117,8 @@ def test_an_archive_that_can_not_be_looked_into_is_not_one_that_nobody_began(
     monkeypatch.setattr(os, "stat", refused)
     assert put(str(tmp_path / "wal"), str(segment), "0" * 24) == 1
     assert "may Postgres' user read and write it?" in capsys.readouterr().err
+    assert put(str(segment), str(segment), "0" * 24) == 1
+    assert "Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [no_folder, no_content, half, no_file])

@@ -14,7 +14,8 @@ import psycopg2
 import pytest
 
 from deploy import manifest, os_user, restore
-from deploy.backup import BackupFailed, BackupFolder, NoBackup, OtherShard, Source, take
+from deploy.archive import put
+from deploy.backup import BackupFailed, BackupFolder, NoBackup, OtherShard, Source, segment_name, take
 from deploy.furthest import log_end
 from deploy.manifest import BackupDamaged, verify
 from deploy.programs import postgres_bin
@@ -144,13 +145,20 @@ def test_a_node_that_got_more_log_is_further(server: PostgresServer) -> None:
 
 
 def test_a_backup_of_a_leader_is_restored_as_far_as_the_log_goes(
-    server: PostgresServer, folder: BackupFolder, tmp_path: Path
+    server: PostgresServer, folder: BackupFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trap: its control file says that it is in production before recovery has begun."""
     [backup] = folder.all()
-    execute(server, "insert into held select generate_series(1, 200000)")
+    execute(server, "create table later as select generate_series(1, 200000) n", "select pg_switch_wal()", "create table last ()")
+    wal = tmp_path / "wal"
+    wal.mkdir()
+    monkeypatch.chdir(tmp_path)  # where `put` leaves its mark
+    current = segment_name(backup.timeline, log_end(server.data_dir, postgres_bin())[1])
+    for path in sorted((server.data_dir / "pg_wal").glob("0*")):
+        if len(path.name) == 24 and backup.first_segment <= path.name < current:
+            assert put(str(wal), str(path), path.name) == 0
     plan = {
-        "backup": str(folder.data(backup)), "archive": str(folder.wal), "to_time": "", "database": "postgres", "user": "postgres",
+        "backup": str(folder.data(backup)), "archive": str(wal), "to_time": "", "database": "postgres", "user": "postgres",
         "bin_dir": str(postgres_bin()), "sql": "create table made_anew (n integer); insert into made_anew values (7)",
     }  # fmt: skip
     data, file = tmp_path / "data", tmp_path / "plan.json"
@@ -170,6 +178,11 @@ def test_a_backup_of_a_leader_is_restored_as_far_as_the_log_goes(
     control = subprocess.run([postgres_bin() / "pg_controldata", data], capture_output=True, check=True, text=True)
     assert "shut down" in control.stdout
     assert "TimeLineID:       2" in control.stdout, "it was promoted"
+    single = [*os_user.for_postgres().prefix, str(postgres_bin() / "postgres"), "--single", "-D", str(data), "postgres"]
+    asked = "select n from made_anew\nselect count(*) from later\n"
+    told = subprocess.run(single, input=asked, capture_output=True, check=True, text=True).stdout
+    assert 'n = "7"' in told
+    assert 'count = "200000"' in told
 
 
 def test_a_folder_is_one_shards(folder: BackupFolder) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from deploy import processes
 from deploy.local.parts import project_root
-from deploy.node import SMALL_DISK_FILE, Beat
+from deploy.node import SMALL_DISK_FILE, Beat, Wrapper
 from tests.needs import needs
 
 TIMEOUT_S = 15.0
@@ -59,6 +59,16 @@ def test_reads_may_be_cut_anywhere(writes: list[bytes], data: st.DataObject) -> 
     for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True):
         cut.feed(whole[start:end], 1.0)
     assert (cut.deadline_s, cut.timeout_s) == (uncut.deadline_s, uncut.timeout_s)
+
+
+def test_data_that_lie_elsewhere_are_known_by_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process' working directory, by which a node's Postgres is found, has no links in it."""
+    monkeypatch.setenv(processes.CLUSTER_ENV, str(tmp_path))
+    monkeypatch.setenv(processes.PROCESS_ENV, "node-test-1")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "data").symlink_to(tmp_path / "disk")
+    assert Wrapper(str(tmp_path / "node"), TIMEOUT_S, ["patroni", "patroni.yml"]).data_dir == str(tmp_path / "disk")
 
 
 HOME_IN_TEST = f"/nowhere/oncepay-test-{os.getpid()}"

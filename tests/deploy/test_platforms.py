@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from deploy import patroni, platforms, programs
+from deploy import patroni, platforms, processes, programs
+from deploy.node import Wrapper
 from tests.deploy.test_config import make_plan
 
 PLATFORMS = sorted(platforms.PLATFORMS)
@@ -56,10 +57,20 @@ def test_no_password_stands_in_it_and_everybody_needs_one(platform: str) -> None
 def test_a_machine_has_a_device_and_a_container_the_wrappers_pipe() -> None:
     assert printed("systemd")["watchdog"]["device"] == "/dev/watchdog"
     assert {printed(platform)["watchdog"]["driver"] for platform in ("compose", "helm")} == {"testing"}
-    for platform in ("compose", "helm"):  # the wrapper makes the pipe, in the folder that holds the data
-        found = printed(platform)
-        pipe, data = Path(found["watchdog"]["device"]), Path(found["postgresql"]["data_dir"])
-        assert (pipe.parent, pipe.name, data.name) == (data.parent, "watchdog", "data")
+
+
+@pytest.mark.parametrize("platform", [name for name, at in platforms.PLATFORMS.items() if at.watchdog_driver == "testing"])
+def test_the_wrapper_makes_the_pipe_that_patroni_opens(platform: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the one folder that it is given; where no watchdog is made no node ever leads."""
+    monkeypatch.setenv(processes.CLUSTER_ENV, str(tmp_path))
+    monkeypatch.setenv(processes.PROCESS_ENV, "node-s0-1")
+    found = printed(platform)
+    pipe, data = (tmp_path / path.lstrip("/") for path in (found["watchdog"]["device"], found["postgresql"]["data_dir"]))
+    data.mkdir(parents=True)
+    wrapper = Wrapper(str(data.parent), 15.0, ["patroni", "patroni.yml"])
+    os.close(wrapper.open_pipe())
+    assert pipe.is_fifo()
+    assert wrapper.data_dir == str(data)
 
 
 def test_sizes_are_settable() -> None:
