@@ -58,7 +58,7 @@ KINDS: dict[str, Explanation] = {
         "run the reconciliation again; when it stays, see the aggregator's log",
     ),
     "tipalti_not_compared": Explanation(
-        "Tipalti gave no usable answer, so its payments were compared with nothing; Stripe's half is whole",
+        "Tipalti, or a shard that was asked, gave no usable answer, so not all payments were compared; Stripe's half is whole",
         "run the reconciliation again; when it stays, see the aggregator's log and the credentials",
     ),
     "unreadable": Explanation(

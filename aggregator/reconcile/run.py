@@ -18,11 +18,11 @@ import asyncpg
 
 from aggregator import queries
 from aggregator.reconcile.ledger import Connect, bank_payouts, keep, read_transactions, spans
-from aggregator.reconcile.tipalti import TipaltiRun
+from aggregator.reconcile.tipalti import TipaltiBooks, TipaltiRun
 from oncepay.errors import OncepayError, StripeUnavailable
 from oncepay.logs import get_logger
 from oncepay.stripe_client import StripeGateway, StripeRefused
-from oncepay.tipalti_client import TipaltiClient, TipaltiRefused, TipaltiUnavailable
+from oncepay.tipalti_client import TipaltiClient
 
 SQL = queries.load("reconcile.sql")
 OF_PAYMENTS = (
@@ -47,7 +47,7 @@ FAILED = ("failed", "canceled")
 _log = get_logger("reconcile")
 
 
-class Books(Protocol):
+class Books(TipaltiBooks, Protocol):
     """The shards, as far as a reconciliation needs them."""
 
     async def book(self, transaction: str, currency: str, amount: int, fee: int, *, bank: bool) -> str:
@@ -56,14 +56,6 @@ class Books(Protocol):
 
     async def payment_of(self, intent: str) -> tuple[str, str] | None:
         """The key and the state of the payment whose row names the intent. Raises OncepayError."""
-        ...
-
-    async def book_funding(self, funding: str, currency: str, amount: int) -> str:
-        """Commit the entry of money from the bank to Tipalti: `booked`, `same` or `differs`. Raises OncepayError."""
-        ...
-
-    async def has_payout(self, ref_code: str) -> bool:
-        """Whether any shard has a payout with this reference code. Raises OncepayError."""
         ...
 
 
@@ -104,7 +96,7 @@ class Run:
             )  # fmt: skip
             try:
                 await half.whole()
-            except (TipaltiUnavailable, TipaltiRefused) as error:
+            except OncepayError as error:  # Tipalti is away, or a shard that was asked
                 _log.error("not compared with Tipalti", error=str(error))
                 await self._differ("tipalti_not_compared", detail=str(error)[:DETAIL_MAX])
         await self._note(now=True)

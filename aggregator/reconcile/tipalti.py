@@ -41,7 +41,7 @@ TELLING = dt.timedelta(hours=1)
 _log = get_logger("reconcile")
 
 
-class Books(Protocol):
+class TipaltiBooks(Protocol):
     """The shards, as far as Tipalti's half needs them."""
 
     async def book_funding(self, funding: str, currency: str, amount: int) -> str:
@@ -57,7 +57,7 @@ class TipaltiRun:
     """Tipalti's half of the run `name` over [first, last). What changed at or after `settled` may still be on its way."""
 
     def __init__(
-        self, name: str, first: dt.datetime, last: dt.datetime, *, tipalti: TipaltiClient, books: Books, connect: Connect,
+        self, name: str, first: dt.datetime, last: dt.datetime, *, tipalti: TipaltiClient, books: TipaltiBooks, connect: Connect,
         settled: dt.datetime, checked: Counter[str], note: Callable[[], Awaitable[None]],
     ) -> None:  # fmt: skip
         self.name = name
@@ -72,7 +72,7 @@ class TipaltiRun:
         self._note = note
 
     async def whole(self) -> None:
-        """All of it, in order. Raises TipaltiUnavailable or TipaltiRefused, or what the database raises."""
+        """All of it, in order. Raises TipaltiUnavailable, TipaltiRefused, what the shards raise, or the database."""
         await self._from_its_cursor("payments", self._read_payments)
         await self._from_its_cursor("fundings", self._read_fundings)
         await self._book_fundings()

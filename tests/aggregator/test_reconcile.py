@@ -17,6 +17,8 @@ from aggregator.reconcile.explain import KINDS
 from aggregator.reconcile.ledger import spans
 from aggregator.reconcile.office import daily_first, due
 from aggregator.reconcile.run import Run
+from aggregator.reconcile.tipalti import TipaltiRun
+from oncepay.errors import ShardUnavailable
 from oncepay.feed import LinkRow
 from oncepay.keys import transaction_key
 from oncepay.ledger import BalanceLink, Entry, Posting, exchange_entries, stripe_fee_entry, transaction_entries
@@ -230,7 +232,16 @@ async def test_that_tipalti_gives_no_answer_hides_nothing_of_stripes(
     shop.intents.popitem()
     async with TipaltiClient(TipaltiSettings(base_url="http://127.0.0.1:9", refresh_token="rt")) as tipalti:
         found, _ = await reconciled(shop, stand_in, aggregator_dsn, tipalti=tipalti)
-    assert set(found) == {("money_without_row", nobody.id), ("tipalti_not_compared", None)}
+        assert set(found) == {("money_without_row", nobody.id), ("tipalti_not_compared", None)}
+
+        async def away(_: TipaltiRun) -> None:
+            raise ShardUnavailable("a shard that was asked for a payout")
+
+        monkeypatch.setattr(TipaltiRun, "whole", away)
+        found, _ = await reconciled(shop, stand_in, aggregator_dsn, tipalti=tipalti)
+        assert [row["detail"] for row in found.values() if row["kind"] == "tipalti_not_compared"] == [
+            "a shard that was asked for a payout"
+        ]
 
 
 @REAL

@@ -15,7 +15,7 @@ import pytest
 
 from aggregator import apply, queries
 from aggregator.reconcile.explain import KINDS
-from aggregator.reconcile.tipalti import Books, TipaltiRun
+from aggregator.reconcile.tipalti import TipaltiBooks, TipaltiRun
 from oncepay.errors import Unavailable
 from oncepay.feed import PayoutRow
 from oncepay.keys import funding_key, slot
@@ -126,7 +126,7 @@ class Payroll:
         await apply.apply(owner, msgspec.structs.replace(self.history.whole(), payouts=rows))
         await owner.close()
 
-    async def reconciled(self, settled: dt.datetime = LATER, books: Books | None = None) -> tuple[Found, Counter[str]]:
+    async def reconciled(self, settled: dt.datetime = LATER, books: TipaltiBooks | None = None) -> tuple[Found, Counter[str]]:
         """What a run finds, as {(kind, payout's or funding's key, or payment): (expected, actual)}."""
         owner = await asyncpg.connect(self.dsn)
         await owner.execute("truncate oncepay.reconciliations, oncepay.reconciliation_differences")
