@@ -58,7 +58,7 @@ class Blocks:
         self.owner = f"{name}-{secrets.token_hex(6)}"
         self.mirror = Mirror(etcd, PREFIX)
         self._etcd = etcd
-        self._block_keys = block_keys
+        self.block_keys = block_keys
         self._lease: Lease | None = None
         self._held: dict[str, tuple[Block, bytes]] = {}
         self._granted: dict[bytes, int] = {}
@@ -136,7 +136,7 @@ class Blocks:
     async def add_free_block(self) -> None:
         """One more block that nobody owns yet."""
         block = self._new_block()
-        record = BlockRecord(self._block_keys, seed=secrets.token_bytes(SECRET_BYTES))
+        record = BlockRecord(self.block_keys, seed=secrets.token_bytes(SECRET_BYTES))
         ETCD_WRITES.inc()
         await self._shown(await self._etcd.compare_and_put(block.key, msgspec.json.encode(record), 0))
 
@@ -153,7 +153,7 @@ class Blocks:
 
     def _new_block(self) -> Block:
         last = max((int(block.id) for block in self.all()), default=0)
-        return Block(f"{last + 1:012}", BlockRecord(self._block_keys), 0)
+        return Block(f"{last + 1:012}", BlockRecord(self.block_keys), 0)
 
     async def _raise(self, block: Block, seed: bytes, count: int) -> Grant | None:
         """Make `block` this owner's with its watermark raised by up to `count`. None when it isn't, or not known to be."""

@@ -11,6 +11,7 @@ import msgspec
 from keygen.blocks import Blocks
 from keygen.reserve import Reserve
 from keygen.slots import SlotRange
+from keygen.turns import TURNS
 from oncepay.errors import NoKeys, OncepayError
 from oncepay.keys import MacSecrets
 from oncepay.logs import get_logger
@@ -28,6 +29,18 @@ READY_S = 0.5
 READY_LEAST = 1_000
 READY_MOST = 40_000
 READY_CHUNK = 500
+TURN_S = 1800.0
+"""A turn lasts so long at the recent rate, which is as long as from one checkpoint of a shard to the next: see `keygen.turns`."""
+WAITING_A_TURN = TURNS // 2
+"""So many turns' keys wait: those of the next turn are all there, of the one that has just ended none."""
+WAITING_MOST = 1 << 21
+"""Keys that wait for their turn at most: 50 MB. Beyond 146 keys a second turns are shorter."""
+WAITING_OF_BLOCK = 8
+"""And at most one in so many of a block: they are wasted when the replica ends, and each block is a write to etcd."""
+TURNS_RATE_MOST = 3_000.0
+"""Where so many keys a second are taken, turns would be over in minutes: then keys are given out as they are made."""
+TURNS_PAUSE_S = 0.02
+"""After each slice of keys that are made to wait. They are in no hurry."""
 FREE_BLOCKS = 2
 GRANTS_A_ROUND = 64
 TICK_S = 1.0
@@ -96,7 +109,7 @@ class Pool:
     @property
     def ready(self) -> int:
         """How many keys are made."""
-        return self._reserve.ready + self._reserve.aside
+        return self._reserve.ready + self._reserve.aside + self._reserve.waiting
 
     def take(self, count: int) -> list[str] | None:
         """`count` keys at once, or None when they aren't there: then `wait` for them."""
@@ -179,7 +192,7 @@ class Pool:
                     continue
                 self._wake.clear()
                 try:
-                    async with asyncio.timeout(TICK_S):
+                    async with asyncio.timeout(TURNS_PAUSE_S if self._make_wait() else TICK_S):
                         await self._wake.wait()
                 except TimeoutError:
                     pass
@@ -194,7 +207,7 @@ class Pool:
             await self.blocks.mirror.wait_synced(TICK_S)
             await self.blocks.register()
             await self.blocks.ensure_secrets()
-            self._secrets = self.blocks.secrets() or self._secrets
+            self._use(self.blocks.secrets())
             await self._refill()
             if len(self.blocks.free()) < FREE_BLOCKS:
                 await self.blocks.add_free_block()
@@ -208,9 +221,17 @@ class Pool:
                 _log.info("pool is kept up again", after_s=round(self._clock() - self._failing_since, 1))
                 self._failing_since = None
 
+    def _use(self, secrets: MacSecrets | None) -> None:
+        """Make keys with the current one of these from now on."""
+        if secrets is not None:
+            if self._secrets is not None and secrets.current != self._secrets.current:
+                self._reserve.give_up_waiting()
+            self._secrets = secrets
+
     async def _refill(self) -> None:
-        """When the reserve has sunk below `_ahead_s` seconds of demand, raise watermarks to that and a step more."""
-        self._low = min(max(int(self.rate_per_s * self._ahead_s), AHEAD_LEAST), AHEAD_MOST)
+        """When the reserve has sunk below `_ahead_s` seconds of demand, and what waits for its turn, raise watermarks to that and
+        a step more."""
+        self._low = min(max(int(self.rate_per_s * self._ahead_s), AHEAD_LEAST) + self._waiting_aim(), AHEAD_MOST)
         depth = self._low + self._low // STEP_PART
         least = max(self._low, self._wanted)
         for _ in range(GRANTS_A_ROUND):
@@ -230,6 +251,20 @@ class Pool:
         aim = min(max(int(self.rate_per_s * READY_S), READY_LEAST), READY_MOST, self._reserve.available)
         self._reserve.make_ready(min(aim - self._reserve.ready, READY_CHUNK), self._secrets)
         return self._reserve.ready < aim
+
+    def _waiting_aim(self) -> int:
+        """How many keys are to wait for their turn."""
+        if self.rate_per_s > TURNS_RATE_MOST:
+            return 0
+        return min(int(self.rate_per_s * TURN_S * WAITING_A_TURN), WAITING_MOST, self.blocks.block_keys // WAITING_OF_BLOCK)
+
+    def _make_wait(self) -> bool:
+        """Make a slice of keys that wait for their turn; whether there are more to make."""
+        missing = self._waiting_aim() - self._reserve.waiting
+        if missing < READY_CHUNK or self._reserve.left == 0 or self._secrets is None:
+            return False
+        self._reserve.make_wait(READY_CHUNK, self._secrets)
+        return missing >= 2 * READY_CHUNK
 
     def _measure(self) -> None:
         now = self._clock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from keygen.aside import Aside
+from keygen.turns import Turns
 from oncepay.keys import MacSecrets, issue, slot
 
 
@@ -21,15 +22,17 @@ class Range:
 
 
 class Reserve:
-    """Ranges in the order in which they came, and the keys that are ready. Each index leaves it once.
+    """Ranges in the order in which they came, keys that wait for their turn, and keys that are ready. Each index leaves it once.
 
-    No I/O and no clock here. `ready_keys` of them are made ahead by `make_ready`, so that a request finds its keys made.
+    No I/O and no clock here. Keys are made ahead by `make_ready`, so that a request finds its keys made, and by `make_wait`, so
+    that those of one turn follow one another.
     """
 
     def __init__(self) -> None:
         self._ranges: deque[Range] = deque()
         self._ready: list[str] = []
         self._aside = Aside()
+        self._turns = Turns()
         self._left = 0
 
     @property
@@ -43,6 +46,11 @@ class Reserve:
         return len(self._aside)
 
     @property
+    def waiting(self) -> int:
+        """How many keys are made that wait for their turn."""
+        return len(self._turns)
+
+    @property
     def left(self) -> int:
         """How many keys are not made yet."""
         return self._left
@@ -50,7 +58,7 @@ class Reserve:
     @property
     def available(self) -> int:
         """How many keys can be issued without etcd."""
-        return len(self._ready) + len(self._aside) + self._left
+        return len(self._ready) + len(self._aside) + len(self._turns) + self._left
 
     def add(self, seed: bytes, first: int, end: int) -> None:
         """Take in indexes `first` to `end - 1`, persisted as this process's own and never added before."""
@@ -72,10 +80,18 @@ class Reserve:
 
     def make_ready(self, count: int, secrets: MacSecrets) -> None:
         """Make up to `count` keys more ready."""
-        count = min(count, len(self._aside) + self._left)
+        count = min(count, self.available - len(self._ready))
         if count > 0:
             # The oldest leave first: they are taken from the end.
             self._ready[:0] = reversed(self._more(count, secrets))
+
+    def make_wait(self, count: int, secrets: MacSecrets) -> None:
+        """Make up to `count` keys more that wait for their turn."""
+        self._turns.add(self._make(min(count, self._left), secrets))
+
+    def give_up_waiting(self) -> None:
+        """Nobody gets the keys that wait for their turn: they were made with a secret that is no longer to be used."""
+        self._turns.clear()
 
     # Keys of some slots
 
@@ -100,6 +116,8 @@ class Reserve:
 
     def _more(self, count: int, secrets: MacSecrets) -> list[str]:
         keys = self._aside.take(count)
+        if len(keys) < count:
+            keys += self._turns.take(count - len(keys))
         return keys + self._make(count - len(keys), secrets) if len(keys) < count else keys
 
     def _make(self, count: int, secrets: MacSecrets) -> list[str]:

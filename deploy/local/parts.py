@@ -36,6 +36,7 @@ STATELESS_REPLICAS = 2
 NODE_STOP_S = 25
 SERVICE_STOP_S = 20
 BUFFERS_ENV = "ONCEPAY_NODE_SHARED_BUFFERS"
+LOG_ENV = "ONCEPAY_NODE_MAX_WAL_SIZE"
 """The cache of each node's Postgres, where a laptop's doesn't fit."""
 ETCD_HEARTBEAT_MS = 250
 ETCD_ELECTION_MS = 1500
@@ -313,7 +314,10 @@ class Plan:
             database=self.settings.postgres.database,
             client_network=self.network.subnet if self.network else "127.0.0.1/32",
             archive=self.layout.backups(shard) / "wal",
-            tuning=patroni.Tuning(os.environ.get(BUFFERS_ENV) or patroni.Tuning.shared_buffers),
+            tuning=patroni.Tuning(
+                os.environ.get(BUFFERS_ENV) or patroni.Tuning.shared_buffers,
+                os.environ.get(LOG_ENV) or patroni.Tuning.max_wal_size,
+            ),
             restore=folder / "restore.json" if shard in self.restores else None,
         )
 

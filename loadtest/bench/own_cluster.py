@@ -20,6 +20,7 @@ from oncepay.settings import Settings, load
 
 DEFAULT_BASE, SPAN, BASES = 8080, 70, 10
 BUFFERS_ENV, NODE_BUFFERS_ENV = "ONCEPAY_AGGREGATOR_SHARED_BUFFERS", "ONCEPAY_NODE_SHARED_BUFFERS"
+NODE_LOG_ENV = "ONCEPAY_NODE_MAX_WAL_SIZE"
 """As deploy/postgres.py and deploy/local/parts.py read them."""
 KEYS_AT_ONCE = 10_000
 BUYERS = 1000
@@ -72,12 +73,18 @@ def oncepay(environment: dict[str, str], *arguments: str) -> tuple[int, dict[str
 
 @contextlib.contextmanager
 def cluster(
-    name: str, *options: str, attached: Path | None = None, aggregator_buffers: str = "", node_buffers: str = ""
+    name: str,
+    *options: str,
+    attached: Path | None = None,
+    aggregator_buffers: str = "",
+    node_buffers: str = "",
+    node_log: str = "",
 ) -> Iterator[Running]:
     """A fresh cluster in the sub-folder `name` of ONCEPAY_HOME, started with `options` and deleted afterwards.
 
     With `attached` the one that runs in that home already, left as it is. `aggregator_buffers` is the cache of the aggregator's
-    Postgres, `node_buffers` that of each of a shard's nodes. Raises Failed.
+    Postgres, `node_buffers` that of each of a shard's nodes, `node_log` how much log lies between two checkpoints of theirs at
+    most. Raises Failed.
     """
     if attached is not None:
         yield Running(attached, {**os.environ, "ONCEPAY_HOME": str(attached)})
@@ -88,6 +95,8 @@ def cluster(
         environment[BUFFERS_ENV] = aggregator_buffers
     if node_buffers:
         environment[NODE_BUFFERS_ENV] = node_buffers
+    if node_log:
+        environment[NODE_LOG_ENV] = node_log
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or a benchmark that is ended leaves its cluster
     oncepay(environment, "down", "--purge")
     first = int(os.environ.get("ONCEPAY_PORT_BASE") or DEFAULT_BASE)

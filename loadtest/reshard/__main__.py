@@ -66,10 +66,13 @@ def main() -> int:
     parser.add_argument("--payments", type=int, default=20_000, help="payments in the range (default: %(default)s)")
     parser.add_argument("--rows-rate", type=int, default=0, help="rows a second that a move may take; 0 is no limit")
     parser.add_argument("--slots", type=int, default=8192, help="slots of the range, 10,000 at most (default: %(default)s)")
+    parser.add_argument("--buffers", default="", help="the cache of each node's Postgres (default: the local cluster's)")
+    parser.add_argument("--log", default="", help="log between two checkpoints of a node at most (default: the local cluster's)")
     arguments = parser.parse_args()
     if not 1 <= arguments.slots <= 10_000:
         parser.error("--slots: 1 to 10,000")
-    with cluster("reshard", attached=arguments.attach.resolve() if arguments.attach else None) as running:
+    attached = arguments.attach.resolve() if arguments.attach else None
+    with cluster("reshard", attached=attached, node_buffers=arguments.buffers, node_log=arguments.log) as running:
         operator = Operator(running.home, command_s=COMMAND_S if arguments.command == "matrix" else LONG_S)
         result = asyncio.run(run(arguments, operator))
     print(json.dumps(result, indent=2))

@@ -86,6 +86,10 @@ class Bulk:
         self._covered_from_s = 0.0
         self._covered_to_s = 0.0
 
+    def is_unsure(self, key: Key) -> bool:
+        """Whether this payment had an event since it was sorted last, or a look at it brought no answer."""
+        return key in self._changed
+
     async def sort(self, due: Sequence[Pending]) -> Sorted:
         """Sort what is due by what the lists say. Raises StripeUnavailable or StripeRefused: then each is asked for singly."""
         unsure = self._changed.intersection(pending.key for pending in due)
@@ -132,7 +136,8 @@ class Bulk:
 
     def _covers(self, pending: Pending) -> bool:
         """Whether all events since this payment was last looked at have been handed over."""
-        looked_s = self._now() - self._cache.distance_s(pending.status, pending.tries) * (1 + JITTER) - SLACK_S
+        since_s = self._cache.distance_s(pending.status, pending.tries) * (1 + JITTER) + pending.late_s
+        looked_s = self._now() - since_s - SLACK_S
         return self._covered_from_s + EVENT_OVERLAP_S < looked_s and self._covered_to_s > self._now() - EVENT_OVERLAP_S
 
     def handed(self, from_s: float, to_s: float, keys: Iterable[Key]) -> None:

@@ -48,13 +48,15 @@ assert 0x80 <= _PACKED[0] < 0xC0
 
 
 class Pending(msgspec.Struct, frozen=True, gc=False):
-    """A payment with open work. `tries`: looks since its last change. `expires_s` is rounded down, so "maybe past"."""
+    """A payment with open work. `tries`: looks since its last change. `expires_s` is rounded down, so "maybe past". `late_s`: how
+    long ago a look that is due should have been."""
 
     key: Key
     status: Status
     version: int
     tries: int
     expires_s: int
+    late_s: int = 0
 
 
 class _Bucket:
@@ -144,8 +146,9 @@ class PendingCache:
         """A row as a commit left it, from the feed."""
         self.put(row.key, row.status, row.version, row.open_work, row.expires_at_us / 1e6)
 
-    def put(self, key: str, status: str, version: int, open_work: bool, expires_s: float) -> None:
-        """A payment's state, unless a state of the same or a higher version is known. `status` is one of Status."""
+    def put(self, key: str, status: str, version: int, open_work: bool, expires_s: float, tries: int = 0) -> None:
+        """A payment's state, unless a state of the same or a higher version is known. `status` is one of Status. `tries`: looks
+        that it has had, as far as anybody can tell."""
         packed = pack(key)
         before = self._entries.get(packed)
         settled = self._settled
@@ -162,7 +165,7 @@ class PendingCache:
             if not self._turn_s <= now_s < self._turn_end_s:
                 self._turn(now_s)
             far = expires_s > self._far_s
-            state = (code, version, 0, expires_s // FAR_GRAIN_S * FAR_GRAIN_S if far else _coarse(expires_s, now_s))
+            state = (code, version, tries, expires_s // FAR_GRAIN_S * FAR_GRAIN_S if far else _coarse(expires_s, now_s))
             bucket = self._first.get(state)
             if bucket is None:
                 bucket = self._bucket(self._first_due, state)
@@ -208,8 +211,9 @@ class PendingCache:
             self._turn_end_s = 0.0  # its moment may be this one
             for bucket in self._buckets.pop(heapq.heappop(self._due)).values():
                 status, version, tries, expires_s = _STATUSES[bucket.status], bucket.version, bucket.tries, bucket.expires_s
+                late_s = int(now_s) - bucket.due_s
                 due = unpack_all(self._put_off(bucket, now_s))
-                taken += [Pending(key, status, version, tries, expires_s) for key in due]
+                taken += [Pending(key, status, version, tries, expires_s, late_s) for key in due]
         return taken
 
     def _put_off(self, bucket: _Bucket, now_s: float) -> list[bytes]:

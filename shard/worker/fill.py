@@ -8,6 +8,7 @@ committed since any page was read has come through the feed. If the leader chang
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
 from importlib import resources
 
 import asyncpg
@@ -17,8 +18,11 @@ from oncepay.logs import get_logger
 from shard.worker.cache import PendingCache
 from shard.worker.feed import Feed
 from shard.worker.payout_cache import PayoutCache
+from shard.worker.poller import TO_BE_DRIVEN
 
 PAGE_ROWS = 2_000
+OLD = timedelta(seconds=60)
+"""What hasn't changed for so long has most likely been looked at, and waits: thousands of such payments go after the others."""
 
 _FOLDER = resources.files("shard.worker") / "sql"
 _SQL = (_FOLDER / "fill.sql").read_text()
@@ -64,9 +68,10 @@ async def _read(
 async def _pages(cache: PendingCache, connection: asyncpg.Connection, slots: tuple[int, int]) -> int:
     slot, key, total = slots[0], "", 0
     while True:
-        rows = await connection.fetch(_SQL, slot, key, PAGE_ROWS, slots[1])
+        rows = await connection.fetch(_SQL, slot, key, PAGE_ROWS, slots[1], OLD)
         for row in rows:
-            cache.put(row["key"], row["status"], row["version"], True, row["expires_s"])
+            tries = 1 if row["is_old"] and row["status"] not in TO_BE_DRIVEN else 0
+            cache.put(row["key"], row["status"], row["version"], True, row["expires_s"], tries)
         total += len(rows)
         if len(rows) < PAGE_ROWS:
             return total

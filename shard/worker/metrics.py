@@ -18,6 +18,7 @@ HALTED = Gauge("oncepay_feed_halted", "1 while the feed stands still until an op
 
 PENDING = Gauge("oncepay_pending_payments", "Payments with open work, by status.", ["shard", "status"])
 POLLS = Counter("oncepay_polls", "Open payments looked at, by how and by what came of it.", ["shard", "how", "outcome"])
+POLL_WAITING = Gauge("oncepay_poll_waiting", "Open payments that are due and wait for their single look.", ["shard"])
 LISTED = Counter("oncepay_poll_listed", "Objects read in lists while polling.", ["shard", "what"])
 CIRCUIT_OPEN = Gauge("oncepay_poll_circuit_open", "1 while polling pauses because Stripe is down.", ["shard"])
 REBUILDS = Counter(

@@ -1,15 +1,17 @@
 """The poller: looks after every open payment until it is settled, whoever started it and whatever became of them.
 
 A payment is due some time after its last change (a router that lives has driven it on by then), then with growing gaps.
-Lists are asked first; what they leave open is driven on singly, which looks at Stripe before it does anything.
+Lists are asked first; what they leave open is driven on singly, which looks at Stripe before it does anything. Single looks
+stand in two lines: what may have to be driven on goes first, and payments that only wait, however many they are, go after it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from oncepay.breaker import Breaker
 from oncepay.errors import OncepayError, StripeUnavailable
@@ -23,16 +25,29 @@ from shard.worker.bulk import Bulk
 from shard.worker.cache import Pending, PendingCache
 from shard.worker.errors import StandDown
 
-IN_FLIGHT_MAX = 256
-"""Payments that are taken up at once; the others stay due."""
+IN_HAND_MAX = 256
+"""Payments of the first line that are taken up at once; the others stay due."""
 CONCURRENCY = 24
 """Payments that are driven at once."""
+PATIENT_MAX = 16
+"""Of these so many may be of the second line."""
 IDLE_S = 0.5
 """How late a look may be noticed to be due."""
 NOT_GIVEN_UP = frozenset({Status.PROCESSING, Status.REQUIRES_CAPTURE, Status.CANCELING, Status.SUCCEEDED})
 """In these the payment's time being over changes nothing."""
 
+TO_BE_DRIVEN = frozenset({Status.CREATED, Status.CONFIRMING, Status.CANCELING, Status.SUCCEEDED})
+"""In these the platform has the next move, or a fee to read."""
+
 _log = get_logger("poller")
+
+
+class _Look(NamedTuple):
+    """A look that is to come: at a listed view, or singly. `first`: in the first line."""
+
+    pending: Pending
+    view: IntentView | None
+    first: bool
 
 
 class Drives(Protocol):
@@ -64,8 +79,13 @@ class Poller:
         self._driver = driver
         self._bulk = bulk
         self._owns = owns
-        self._places = asyncio.Semaphore(CONCURRENCY)
+        self._first: deque[_Look] = deque()
+        self._second: deque[_Look] = deque()
+        self._waiting: dict[str, _Look] = {}
+        """By key, the look in one of the lines that counts: another one of the same payment may stand there still."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._patient = 0
+        """Tasks that came from the second line."""
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -80,6 +100,8 @@ class Poller:
                     await asyncio.wait({self._over}, timeout=self._pause_s())
             self._over.result()
         finally:
+            self._first.clear()  # or each task that ends would start another one
+            self._second.clear()
             for task in list(self._tasks.values()):
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -89,7 +111,7 @@ class Poller:
         return IDLE_S if due_s is None else min(IDLE_S, max(0.02, due_s - time.time()))
 
     def _take(self) -> list[Pending]:
-        allowed = self.breaker.allowance(IN_FLIGHT_MAX - len(self._tasks))
+        allowed = self.breaker.allowance(IN_HAND_MAX - len(self._first) - len(self._tasks))
         taken = self._cache.take_due(allowed) if allowed > 0 else []
         mine = []
         for pending in taken:
@@ -107,11 +129,12 @@ class Poller:
         probing = self.breaker.open
         if probing:
             self.breaker.probing()
-            self._start(taken[0], None)
+            self._start(_Look(taken[0], None, True))
             for pending in taken[1:]:  # due again later
                 self._bulk.unsure(pending.key)
             return
         now_s = time.time()
+        unsure = {pending.key for pending in taken if self._bulk.is_unsure(pending.key)}
         alone = [p for p in taken if p.status is Status.CREATED or _may_be_over(p, now_s)]
         rest = [p for p in taken if not (p.status is Status.CREATED or _may_be_over(p, now_s))]
         try:
@@ -125,43 +148,87 @@ class Poller:
             for pending in result.unchanged:
                 self._note(pending, "list", "unchanged")
             for pending, view in result.apply:
-                self._start(pending, view)
+                self._line_up(_Look(pending, view, True))
             alone += result.left
         for pending in alone:
-            self._start(pending, None)
+            first = pending.tries == 0 or pending.status in TO_BE_DRIVEN or pending.key in unsure
+            self._line_up(_Look(pending, None, first))
+        self._start_some()
 
-    def _start(self, pending: Pending, view: IntentView | None) -> None:
-        task = asyncio.create_task(self._one(pending, view), name=f"poll {pending.key}")
-        self._tasks[pending.key] = task
-        task.add_done_callback(lambda _: self._tasks.pop(pending.key, None))
+    # The lines
+
+    def _line_up(self, look: _Look) -> None:
+        """Put a look at the end of its line, unless one that says as much stands there: that one is still to come."""
+        key = look.pending.key
+        before = self._waiting.get(key)
+        if before is not None and before.first >= look.first and look.view is None:
+            return
+        self._waiting[key] = look
+        (self._first if look.first else self._second).append(look)
+
+    def _start_some(self) -> None:
+        """Start looks, the first line's first, while there are places."""
+        while len(self._tasks) < CONCURRENCY:
+            if self._first:
+                look = self._first.popleft()
+            elif self._second and self._patient < PATIENT_MAX:
+                look = self._second.popleft()
+            else:
+                break
+            key = look.pending.key
+            if self._waiting.get(key) is not look:
+                continue
+            del self._waiting[key]
+            if self.breaker.open or self._over.done():
+                self._bulk.unsure(key)  # due again later
+            elif look.view is not None or self._is_as_it_was(look.pending):
+                self._start(look)
+        metrics.POLL_WAITING.labels(self._shard).set(len(self._waiting))
+
+    def _is_as_it_was(self, pending: Pending) -> bool:
+        """Whether the payment is pending as it was when it was lined up; one that has changed has its own look to come."""
+        known = self._cache.get(pending.key)
+        return known is not None and known.version == pending.version
+
+    def _start(self, look: _Look) -> None:
+        key, patient = look.pending.key, not look.first
+        self._patient += patient
+
+        def ended(_: asyncio.Task[None]) -> None:
+            self._tasks.pop(key, None)
+            self._patient -= patient
+            self._start_some()
+
+        task = asyncio.create_task(self._one(look.pending, look.view), name=f"poll {key}")
+        self._tasks[key] = task
+        task.add_done_callback(ended)
 
     async def _one(self, pending: Pending, view: IntentView | None) -> None:
         """Look after one payment; whatever goes wrong, it is due again later."""
         how = "single" if view is None else "list"
-        async with self._places:
-            try:
-                payment = await (self._single(pending) if view is None else self._seen(pending, view))
-            except EpochOver as error:
-                if not self._over.done():
-                    self._over.set_exception(StandDown(str(error)))
+        try:
+            payment = await (self._single(pending) if view is None else self._seen(pending, view))
+        except EpochOver as error:
+            if not self._over.done():
+                self._over.set_exception(StandDown(str(error)))
+            self.breaker.unanswered()
+            return
+        except StripeUnavailable as error:
+            if isinstance(error, StripeStored):
                 self.breaker.unanswered()
-                return
-            except StripeUnavailable as error:
-                if isinstance(error, StripeStored):
-                    self.breaker.unanswered()
-                else:
-                    self.breaker.failure()
-                self._failed(pending, how, error.slug, error)
-                return
-            except OncepayError as error:
-                self.breaker.unanswered()
-                self._failed(pending, how, error.slug, error)
-                return
-            except Exception as error:
-                self.breaker.unanswered()
-                _log.exception("poll failed", key=pending.key)
-                self._failed(pending, how, "error", error)
-                return
+            else:
+                self.breaker.failure()
+            self._failed(pending, how, error.slug, error)
+            return
+        except OncepayError as error:
+            self.breaker.unanswered()
+            self._failed(pending, how, error.slug, error)
+            return
+        except Exception as error:
+            self.breaker.unanswered()
+            _log.exception("poll failed", key=pending.key)
+            self._failed(pending, how, "error", error)
+            return
         self.breaker.success()
         if payment is None:
             self._note(pending, how, "no-row")

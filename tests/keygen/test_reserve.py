@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from keygen.reserve import Reserve
+from keygen.turns import TURNS
 from oncepay.keys import SLOTS, MacSecrets, issue, slot
 
 SECRETS = MacSecrets(3, {3: b"m" * 32})
@@ -22,6 +24,7 @@ steps = st.lists(
         st.tuples(st.just("add"), st.integers(0, 40)),
         st.tuples(st.just("take"), st.integers(1, 60)),
         st.tuples(st.just("ready"), st.integers(-5, 60)),
+        st.tuples(st.just("wait"), st.integers(0, 60)),
         st.tuples(st.just("search"), st.integers(1, 30)),
         st.tuples(st.just("give back"), st.integers(1, 30)),
     ),
@@ -44,6 +47,10 @@ def test_every_key_once_and_nothing_else(actions: list[tuple[str, int]]) -> None
             before = reserve.available
             reserve.make_ready(count, SECRETS)
             assert reserve.available == before
+        elif action == "wait":
+            before = reserve.available
+            reserve.make_wait(count, SECRETS)
+            assert reserve.available == before
         elif action in ("search", "give back"):
             found = reserve.take_aside(*HALF, count)
             found += reserve.search(*HALF, max(count - len(found), 1), 2 * count, SECRETS)
@@ -57,7 +64,7 @@ def test_every_key_once_and_nothing_else(actions: list[tuple[str, int]]) -> None
             assert len(keys) == count
             taken += keys
         assert reserve.available == len(expected) - len(taken)
-        assert reserve.ready + reserve.aside + reserve.left == reserve.available
+        assert reserve.ready + reserve.aside + reserve.waiting + reserve.left == reserve.available
     if reserve.available:
         taken += reserve.take(reserve.available, SECRETS)
     assert sorted(taken) == sorted(expected)
@@ -72,6 +79,42 @@ def test_a_new_secret_is_used_for_what_is_made_from_then_on() -> None:
     assert sorted(reserve.take(10, later)) == sorted(
         issue(b"s" * 32, 0, 4, 3, SECRETS.secrets[3]) + issue(b"s" * 32, 4, 6, 4, later.secrets[4])
     )
+
+
+def test_keys_that_wait_leave_turn_by_turn() -> None:
+    """All sixteen turns come, one after the other, and each is as long as the keys that wait allow."""
+    reserve = Reserve()
+    reserve.add(b"turn" * 8, 0, 1 << 20)
+    reserve.make_wait(80_000, SECRETS)
+    seen: list[int] = []
+    for _ in range(400):
+        keys = reserve.take(500, SECRETS)
+        seen += [slot(key) % TURNS for key in keys]
+        reserve.make_wait(500, SECRETS)
+    changes = sum(before != after for before, after in pairwise(seen))
+    assert set(seen) == set(range(TURNS))
+    assert changes < 2 * len(seen) / (80_000 / (TURNS / 2)), "200,000 keys at random would have 187,500"
+    assert reserve.waiting == 80_000
+
+
+def test_the_keys_of_a_turn_are_spread_evenly_over_all_ranges() -> None:
+    """No shard has more of the new payments than its range is wide."""
+    reserve = Reserve()
+    reserve.add(b"wide" * 8, 0, SPREAD_KEYS)
+    reserve.make_wait(SPREAD_KEYS, SECRETS)
+    keys = reserve.take(60_000, SECRETS)
+    assert len({slot(key) % TURNS for key in keys}) == 1
+    bins = Counter(slot(key) * BINS // SLOTS for key in keys)
+    assert chi_squared([bins[number] for number in range(BINS)]) < CHI_SQUARED_MOST
+
+
+def test_what_is_given_up_is_gone() -> None:
+    reserve = Reserve()
+    reserve.add(b"gone" * 8, 0, 100)
+    reserve.make_wait(60, SECRETS)
+    reserve.give_up_waiting()
+    assert (reserve.waiting, reserve.available) == (0, 40)
+    assert sorted(reserve.take(40, SECRETS)) == sorted(issue(b"gone" * 8, 60, 40, 3, SECRETS.secrets[3]))
 
 
 def chi_squared(counts: list[int]) -> float:

@@ -23,16 +23,18 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import asyncpg
 import psutil
 from msgspec.structs import replace
 
+from keygen.pool import TURN_S, WAITING_A_TURN
+from keygen.reserve import Reserve
 from oncepay.cart import Fee, Item, shares_of
 from oncepay.events import AttemptStarted, IntentCreated, IntentSeen
-from oncepay.keys import ISSUED_PREFIX, slot
+from oncepay.keys import ISSUED_PREFIX, MacSecrets, slot
 from oncepay.ledger import BalanceLink, Entry
 from oncepay.payment import Charge, IntentView, Key, Payment, Status, Terms
 from oncepay.transition import Event, move
@@ -48,6 +50,8 @@ BYTES_MAX = 1_200
 RATIO_MAX = 1.1
 LOADERS = 2
 AT_ONCE = 20_000
+KEYS_AT_ONCE = 20
+"""Keys that a client takes from one service."""
 TABLES = ("payments", "entries")
 READS = "select coalesce(sum(reads), 0)::bigint from pg_stat_io where backend_type = 'client backend' and object = 'relation'"
 AUXILIARY = ("autovacuum", "logical replication", "background writer", "io worker")
@@ -80,16 +84,36 @@ from placed m join oncepay.entries e on e.slot = m.slot and e.key = m.key
 """
 
 
-def new_payment(number: int) -> Payment:
+def keys_at_random() -> Iterator[str]:
+    """Keys as clients choose them: any slot after any other."""
+    while True:
+        yield ISSUED_PREFIX + os.urandom(24).hex()[:32]
+
+
+def keys_in_turn(per_s: float = 300.0) -> Iterator[str]:
+    """Keys as two key services give them out that are asked for `per_s` together, and have been for some hours."""
+    secrets = MacSecrets(1, {1: os.urandom(32)})
+    services = [Reserve(), Reserve()]
+    aim = int(per_s / len(services) * TURN_S * WAITING_A_TURN)
+    for service in services:
+        service.add(os.urandom(32), 0, 1 << 24)
+        service.make_wait(aim, secrets)
+        service.take(aim // 2, secrets)
+    while True:
+        for service in services:
+            service.make_wait(aim - service.waiting, secrets)
+            yield from service.take(KEYS_AT_ONCE, secrets)
+
+
+def new_payment(number: int, key: str) -> Payment:
     """Two items of two sellers, as the routers make it."""
     items = (Item(f"seller-{number % 40}", 1499, 1, "A record"), Item(f"seller-{(number + 7) % 40}", 501 + number % 1000, 2))
     shares = shares_of(items, {}, Fee(1000))
     now_ms = int(time.time() * 1000)
-    key = Key(ISSUED_PREFIX + os.urandom(24).hex()[:32])
     terms = Terms(items, shares, "2026-10-28.endive", payment_method="pm_card_visa", on_decline="fail")
     amount = sum(share.gross for share in shares)
     buyer = f"buyer-{int.from_bytes(os.urandom(3)) % 1_000_003}"
-    return Payment(key, Status.CREATED, 1, buyer, "usd", amount, terms, os.urandom(16), now_ms, now_ms, now_ms + 86_400_000)
+    return Payment(Key(key), Status.CREATED, 1, buyer, "usd", amount, terms, os.urandom(16), now_ms, now_ms, now_ms + 86_400_000)
 
 
 def put_of(payment: Payment, name: str, *events: Event) -> Put:
@@ -171,11 +195,11 @@ class Meter:
 
 
 async def round_of(
-    server: PostgresServer, session: asyncpg.Connection, count: int, numbers: itertools.count[int]
+    server: PostgresServer, session: asyncpg.Connection, count: int, numbers: itertools.count[int], keys: Iterator[str]
 ) -> dict[str, Any]:
     """`count` payments accepted, then settled."""
     meter = Meter(server, session)
-    rows = [new_payment(number) for number in itertools.islice(numbers, count)]
+    rows = [new_payment(number, key) for number, key in zip(itertools.islice(numbers, count), keys, strict=False)]
     await meter.begin()
     for batch in _batched(rows):
         await commit(session, [Put(row, 0, "accepted 0123456789abcdef-1") for row in batch], [])
@@ -208,11 +232,16 @@ def means(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 async def cost(
-    server: PostgresServer, session: asyncpg.Connection, options: Any, numbers: itertools.count[int], payments: int
+    server: PostgresServer,
+    session: asyncpg.Connection,
+    options: Any,
+    numbers: itertools.count[int],
+    payments: int,
+    keys: Iterator[str],
 ) -> list[dict[str, Any]]:
     """Rounds of `payments` together, the first of which begins right after a checkpoint."""
     await session.execute("checkpoint")
-    return [await round_of(server, session, options.count, numbers) for _ in range(max(1, payments // options.count))]
+    return [await round_of(server, session, options.count, numbers, keys) for _ in range(max(1, payments // options.count))]
 
 
 async def grow(dsn: str, rows: int) -> float:
@@ -262,15 +291,18 @@ async def measure(options: Any) -> dict[str, Any]:
         })  # fmt: skip
         numbers = itertools.count(10_000_000_000 - 10 * (options.cycle + options.small) - 10 * SMALL)
         for _ in range(SMALL // 2_000):
-            await round_of(server, session, 2_000, numbers)
+            await round_of(server, session, 2_000, numbers, keys_at_random())
         for table in TABLES:
             await session.execute(f"vacuum (analyze) oncepay.{table}")
-        small = await cost(server, session, options, numbers, options.small)
+        small = await cost(server, session, options, numbers, options.small, keys_at_random())
         disk_small = await on_disk(session)
         took_s = await grow(dsn, options.rows)
         for table in TABLES:
             await session.execute(f"vacuum (analyze) oncepay.{table}")
-        large = await cost(server, session, options, numbers, options.cycle)
+        large = await cost(server, session, options, numbers, options.cycle, keys_at_random())
+        for table in TABLES:
+            await session.execute(f"vacuum (analyze) oncepay.{table}")
+        large_in_turn = await cost(server, session, options, numbers, options.cycle, keys_in_turn())
         disk = await on_disk(session)
         await session.close()
     at_first, at_last, small_mean, large_mean = large[0], large[-1], means(small), means(large)
@@ -278,7 +310,12 @@ async def measure(options: Any) -> dict[str, Any]:
         step: {name: round(large_mean[step][name] / small_mean[step][name], 2) for name in ("cpu_us", "log_bytes")}
         for step in ("accept", "settle", "payment")
     }
+    turn_mean = means(large_in_turn)
     return {
+        "in_turn": turn_mean, "in_turn_rounds_cpu_us": [each["payment"]["cpu_us"] for each in large_in_turn],
+        "in_turn_rounds_reads": [each["payment"]["reads"] for each in large_in_turn],
+        "in_turn_rounds_log": [each["payment"]["log_bytes"] for each in large_in_turn],
+        "in_turn_by_process": [each["cpu_us_by_process"] for each in large_in_turn],
         "rows_added": options.rows, "rows_added_in_s": round(took_s), "small": small_mean, "large": large_mean, "ratios": ratios,
         "large_at_first": at_first, "large_at_last": at_last, "payments_a_cycle": len(large) * options.count,
         "large_rounds_cpu_us": [each["payment"]["cpu_us"] for each in large],

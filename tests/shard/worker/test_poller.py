@@ -20,7 +20,7 @@ from shard.store.batch import EpochOver
 from shard.worker.bulk import BULK_MIN, CHANGED_MAX, SINGLE_AT, Bulk, decide
 from shard.worker.cache import Pending, PendingCache
 from shard.worker.errors import StandDown
-from shard.worker.poller import Poller
+from shard.worker.poller import PATIENT_MAX, Poller
 from tests.shard.worker.harness import new_payment
 from tests.shard.worker.test_cache import Clock
 
@@ -465,5 +465,82 @@ async def test_a_look_that_is_due_during_another_is_made_up_for() -> None:
         assert rows.calls == [("drive_on", "a")]
     finally:
         go.set()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_has_to_be_driven_on_goes_before_thousands_that_wait() -> None:
+    """Carts that nobody pays: a worker that takes over has them all due at once, and meanwhile a router dies."""
+    clock, lists = Clock(10_000), Lists()
+    carts = [f"cart{n}" for n in range(2_000)]
+    rows = Rows(*(new_payment(key, status=Status.ATTEMPTED) for key in carts), new_payment("left", status=Status.CONFIRMING))
+    cache = PendingCache(PollSettings(), clock)
+    for key in carts:
+        cache.put(key, "attempted", 3, True, FAR_S, 1)
+    one_more = asyncio.Semaphore(0)
+
+    async def slow(key: str) -> Payment | None:
+        rows._note("drive_on", key)
+        await one_more.acquire()
+        return rows.rows[Key(key)]
+
+    rows.drive_on = slow  # type: ignore[method-assign]
+    poller = Poller("s0", cache, rows, rows, Bulk(lists, cache, "s0", 2.0, clock), lambda _: True)
+    clock.now_s += 7
+    task = asyncio.create_task(poller.run())
+    try:
+        async with asyncio.timeout(10):
+            while len(rows.calls) < PATIENT_MAX:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert len(rows.calls) == PATIENT_MAX, "some places are kept for others"
+        cache.put("left", "confirming", 3, True, FAR_S)
+        clock.now_s += 7
+        async with asyncio.timeout(10):
+            while ("drive_on", "left") not in rows.calls:
+                await asyncio.sleep(0.01)
+        assert len(rows.calls) == PATIENT_MAX + 1
+        for _ in carts:
+            one_more.release()
+        async with asyncio.timeout(20):
+            while len(rows.calls) <= len(carts):
+                await asyncio.sleep(0.01)
+        assert sorted(key for _, key in rows.calls) == sorted([*carts, "left"]), "each once"
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_waits_and_has_an_event_goes_first() -> None:
+    clock, lists = Clock(10_000), Lists()
+    carts = [f"cart{n}" for n in range(100)]
+    rows = Rows(*(new_payment(key, status=Status.ATTEMPTED) for key in carts))
+    cache = PendingCache(PollSettings(), clock)
+    for key in carts:
+        cache.put(key, "attempted", 3, True, FAR_S, 1)
+    bulk = Bulk(lists, cache, "s0", 2.0, clock)
+
+    async def never(key: str) -> Payment | None:
+        rows._note("drive_on", key)
+        await asyncio.Event().wait()
+        return None
+
+    rows.drive_on = never  # type: ignore[method-assign]
+    poller = Poller("s0", cache, rows, rows, bulk, lambda _: True)
+    clock.now_s += 7
+    task = asyncio.create_task(poller.run())
+    try:
+        async with asyncio.timeout(10):
+            while len(rows.calls) < PATIENT_MAX:
+                await asyncio.sleep(0.01)
+        [paid, *_] = {*carts} - {key for _, key in rows.calls}
+        bulk.unsure(Key(paid))
+        assert cache.hurry(paid)
+        clock.now_s += 2
+        async with asyncio.timeout(10):
+            while len(rows.calls) == PATIENT_MAX:
+                await asyncio.sleep(0.01)
+        assert rows.calls[PATIENT_MAX:] == [("drive_on", paid)]
+    finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

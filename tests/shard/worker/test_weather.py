@@ -33,6 +33,7 @@ from oncepay.etcd import Etcd
 from oncepay.payment import Payment
 from oncepay.settings import PollSettings, Settings, dump
 from shard.store.store import Shards
+from shard.worker.fill import OLD
 from shard.worker.lease import Holder
 from tests.shard.worker.harness import SHARD, eventually
 from tests.shard.worker.test_worker import payment
@@ -48,8 +49,11 @@ SLACK_S = 0.05
 SETTLED_S = 150.0
 CHANGE_S = 3_000.0
 """Of the stand-in's clock: when Stripe is done with the payments that change."""
-SELDOM_S = 45.0
-"""Then all have been looked at often enough that they are asked for singly very rarely (`SINGLE_AT`)."""
+SELDOM_S = 75.0
+"""Then all have been looked at often enough that they are asked for singly very rarely: more than 8 and less than 32 times
+(`SINGLE_AT`), POLL.max_s apart, after two single looks at each as fast as LIMIT_PER_S lets them be."""
+WAITING = 400
+BEFORE_MAX = 100
 TRIES_MAX = 63
 
 
@@ -355,5 +359,28 @@ async def test_few_that_changed_among_many_cost_few_calls(sky: Sky) -> None:
     calls = await sky.calls_for_changes(changed)
     print(f"calls for 8 of 400: {calls}")
     assert sum(calls.values()) < 60
+    await sky.control("POST", "clock", {"advance_s": 1_000_000})
+    await sky.clears()
+
+
+async def test_what_was_left_behind_goes_before_what_waits_at_a_take_over(sky: Sky) -> None:
+    """All are due at once then, and asked for singly: what Stripe works on for days must not be in the way."""
+    await sky.in_progress(WAITING, 1_000_000)
+    await asyncio.sleep(OLD.total_seconds() + 1)
+    await sky.control("PUT", "faults", {})
+    active = await sky.active_pid()
+    os.kill(active, signal.SIGKILL)
+    before = len(sky.accepted)
+    await sky.pays(5)
+    left = set(sky.accepted[before:])
+    await eventually(lambda: sky.are_settled([*left]), "what was left behind is settled", 60)
+    await asyncio.sleep(WAITING / LIMIT_PER_S)
+    polls = sky.polls()
+    epoch = max(poll["epoch"] for poll in polls)
+    singles = [poll["key"] for poll in polls if poll["epoch"] == epoch and poll["how"] == "single"]
+    last = max(singles.index(key) for key in left)
+    print(f"single looks before the last of them: {last}, in all: {len(singles)}")
+    assert len(singles) > WAITING / 2, "each is asked for"
+    assert last < BEFORE_MAX
     await sky.control("POST", "clock", {"advance_s": 1_000_000})
     await sky.clears()
