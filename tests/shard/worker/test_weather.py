@@ -368,16 +368,22 @@ async def test_what_was_left_behind_goes_before_what_waits_at_a_take_over(sky: S
     await sky.in_progress(WAITING, 1_000_000)
     await asyncio.sleep(OLD.total_seconds() + 1)
     await sky.control("PUT", "faults", {})
-    active = await sky.active_pid()
-    os.kill(active, signal.SIGKILL)
-    before = len(sky.accepted)
+    before = max(poll["epoch"] for poll in sky.polls())
+    os.kill(await sky.active_pid(), signal.SIGKILL)
+
+    def looked_at() -> list[str]:
+        return [poll["key"] for poll in sky.polls() if poll["epoch"] > before and poll["how"] == "single"]
+
+    async def at_work() -> bool:
+        return len(looked_at()) > 20
+
+    await eventually(at_work, "the next worker asks for them", 60)
+    first = len(sky.accepted)
     await sky.pays(5)
-    left = set(sky.accepted[before:])
+    left = set(sky.accepted[first:])
     await eventually(lambda: sky.are_settled([*left]), "what was left behind is settled", 60)
     await asyncio.sleep(WAITING / LIMIT_PER_S)
-    polls = sky.polls()
-    epoch = max(poll["epoch"] for poll in polls)
-    singles = [poll["key"] for poll in polls if poll["epoch"] == epoch and poll["how"] == "single"]
+    singles = looked_at()
     last = max(singles.index(key) for key in left)
     print(f"single looks before the last of them: {last}, in all: {len(singles)}")
     assert len(singles) > WAITING / 2, "each is asked for"
