@@ -179,7 +179,7 @@ class Poller:
             if self._waiting.get(key) is not look:
                 continue
             del self._waiting[key]
-            if self.breaker.open or self._over.done():
+            if self.breaker.open or self._over.done() or key in self._tasks:
                 self._bulk.unsure(key)  # due again later
             elif look.view is not None or self._is_as_it_was(look.pending):
                 self._start(look)
