@@ -10,9 +10,9 @@ many as come between two checkpoints (CHECKPOINT_TIMEOUT) at that rate. The log 
 checkpoint, which the first round has most of and the last one least. After SMALL_MOST payments the small database is replaced by
 another one with ten thousand. Keys are issued as two key services do it, or any (`--keys random`).
 
-Processor time is that of all of Postgres' processes, vacuum apart: the small database has next to none of it, so all that there
-is counts as the large one's. Also what a payment takes on disk then. Prints one JSON object; exits with 1 when a payment costs
-more than RATIO_MAX times as much on the large shard, or takes more than BYTES_MAX. `python -m loadtest.bench large` calls it.
+Processor time is that of all of Postgres' processes; autovacuum's by database, as Postgres logs it. Also what a payment takes on
+disk then. Prints one JSON object; exits with 1 when a payment costs more than RATIO_MAX times as much on the large shard, or
+takes more than BYTES_MAX. `python -m loadtest.bench large` calls it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -61,6 +62,8 @@ KEYS_AT_ONCE = 20
 """Keys that a client takes from one service."""
 TABLES = ("payments", "entries")
 READS = "select coalesce(sum(reads), 0)::bigint from pg_stat_io where backend_type = 'client backend' and object = 'relation'"
+
+VACUUM = re.compile(r'automatic [a-z ]+ of table "([^".]+)\.[^"]+".*?user: ([0-9.]+) s, system: ([0-9.]+) s', re.DOTALL)
 
 GROW = """
 with pattern as (
@@ -186,7 +189,7 @@ class Meter:
         self._began = (self._processor_s(), await self._log_bytes(), await self._reads(), time.monotonic())
 
     async def per(self, count: int) -> dict[str, float]:
-        """What each of `count` payments took: microseconds without vacuum and of vacuum, bytes of log, pages read."""
+        """What each of `count` payments took: microseconds without vacuum, bytes of log, pages read."""
         began_cpu_s, began_bytes, began_reads, began_s = self._began
         now_s = self._processor_s()
         # A worker that was there at the start and has ended since is with those that ended, whole: in the sum it isn't twice.
@@ -194,8 +197,8 @@ class Meter:
         vacuum_s = spent_s.get("vacuum", 0.0) + spent_s.get("ended", 0.0)
         log_bytes = await self._log_bytes() - began_bytes
         each = {
-            "cpu_us": (sum(spent_s.values()) - vacuum_s) / count * 1e6, "vacuum_us": vacuum_s / count * 1e6,
-            "log_bytes": log_bytes / count, "reads": (await self._reads() - began_reads) / count,
+            "cpu_us": (sum(spent_s.values()) - vacuum_s) / count * 1e6, "log_bytes": log_bytes / count,
+            "reads": (await self._reads() - began_reads) / count,
             "per_s": count / (time.monotonic() - began_s),
         }  # fmt: skip
         return {name: round(value, 1) for name, value in each.items()}
@@ -288,12 +291,21 @@ async def vacuumed(session: asyncpg.Connection) -> None:
         await session.execute(f"vacuum (analyze) oncepay.{table}")
 
 
+def vacuums(log: str, large: str, payments: int) -> dict[str, float]:
+    """Microseconds of autovacuum for each payment, in the database `large` and in all others."""
+    spent_s = {True: 0.0, False: 0.0}
+    for database, user_s, system_s in VACUUM.findall(log):
+        spent_s[database == large] += float(user_s) + float(system_s)
+    return {name: round(spent_s[name == "large"] / payments * 1e6, 1) for name in ("small", "large")}
+
+
 async def measure(options: Any) -> dict[str, Any]:
     parameters = {
         "shared_buffers": options.shared_buffers, "max_wal_size": "16GB", "checkpoint_timeout": CHECKPOINT_TIMEOUT,
         "max_connections": "20", "autovacuum_naptime": "15s", "autovacuum_vacuum_cost_delay": "10ms",
         "maintenance_work_mem": "256MB", "wal_log_hints": "on", "full_page_writes": options.full_pages,
     }  # fmt: skip
+    parameters |= {"log_autovacuum_min_duration": "0", "huge_pages": "try"}
     rounds = max(1, options.cycle // options.count)
     numbers = itertools.count(10_000_000_000 - 10 * options.cycle - 10 * SMALL * (rounds + 1))
     keys = keys_in_turn() if options.keys == "issued" else keys_at_random()
@@ -305,6 +317,8 @@ async def measure(options: Any) -> dict[str, Any]:
         session = await connected(dsn)
         await vacuumed(session)
         await session.execute("checkpoint")
+        huge_pages = await session.fetchval("show huge_pages_status")
+        logged = (server.folder / "log").stat().st_size
         small, large, besides = [], [], []  # none of the sessions ends: what ends counts as vacuum
         for number in range(rounds):
             large.append(await round_of(server, session, options.count, numbers, keys))
@@ -313,15 +327,17 @@ async def measure(options: Any) -> dict[str, Any]:
             small.append(await round_of(server, besides[-1], options.count, numbers, keys_at_random()))
             print(f"round {number + 1} of {rounds}: {large[-1]} and {small[-1]}", file=sys.stderr, flush=True)
         disk = await on_disk(session)
+        vacuum_us = vacuums((server.folder / "log").read_text()[logged:], dsn.rpartition("/")[2], rounds * options.count)
         for each in (session, *besides):
             await each.close()
     small_mean, large_mean = means(small), means(large)
-    vacuum_us = round(small_mean["vacuum_us"] + large_mean["vacuum_us"], 1)
     ratios = {name: round(large_mean[name] / small_mean[name], 2) for name in ("cpu_us", "log_bytes")}
-    ratios["cpu_us_with_vacuum"] = round((large_mean["cpu_us"] + vacuum_us) / small_mean["cpu_us"], 2)
+    with_vacuum = [small_mean["cpu_us"] + vacuum_us["small"], large_mean["cpu_us"] + vacuum_us["large"]]
+    ratios["cpu_us_with_vacuum"] = round(with_vacuum[1] / with_vacuum[0], 2)
     return {
         "rows_added": options.rows, "rows_added_in_s": round(took_s), "keys": options.keys,
         "payments_a_cycle": rounds * options.count, "shared_buffers": options.shared_buffers,
+        "huge_pages": huge_pages,
         "small": small_mean, "large": large_mean, "vacuum_us": vacuum_us, "ratios": ratios,
         "small_rounds": small, "large_rounds": large, "disk": disk,
         "load_average": [round(each, 1) for each in os.getloadavg()],
