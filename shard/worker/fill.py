@@ -1,8 +1,8 @@
 """Filling the pending cache, once, from the table.
 
-The order makes it exact. The feed runs first, remembering what settles. The table is read page by page after a barrier has
-passed the feed, and a second barrier passes after the last page: what was read is then on the quorum, and whatever was
-committed since any page was read has come through the feed. If the leader changed in between, all starts over.
+The order makes it exact. The feed runs first, remembering what settles. When a barrier has passed it, what it told until then is
+forgotten, and the table is read page by page; a second barrier passes after the last page: what was read is then on the quorum,
+and whatever was committed since any page was read has come through the feed. If the leader changed in between, all starts over.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ async def fill(cache: PendingCache, payouts: PayoutCache, feed: Feed, connect: C
     caches keep what the feed tells meanwhile.
     """
     before = await feed.fence()
+    for slots in runs:
+        # Of a range that has come back the feed may have told, late, what was before it went: another shard has settled that
+        # since, and what a move brings is in no feed. What was committed until the fence is in the table.
+        cache.forget_slots(*slots)
+        payouts.forget_slots(*slots)
     rows = await _read(cache, payouts, connect, before.host, before.port, runs)
     after = await feed.fence()
     if after != before:

@@ -17,6 +17,7 @@ from oncepay.shardmap import Range, ShardMap
 from shard.store.rows import Put
 from shard.worker import moved
 from shard.worker.cache import PendingCache
+from shard.worker.feed import Feed, Place
 from shard.worker.fill import Connect, fill
 from shard.worker.moved import Moved, Runs, without
 from shard.worker.payout_cache import PayoutCache
@@ -110,6 +111,38 @@ async def test_what_is_pending_of_a_fenced_range_is_loaded_too(postgres_server: 
         async with running_feed(shard, settings_for(shard)) as feed:
             moved_ = Moved("s0", cache, payouts, feed.feed, maps, connect_to(shard))  # type: ignore[arg-type]
             await fill(cache, payouts, feed.feed, connect_to(shard), moved_.owned)
+        assert {item.key for item in cache} == {"pending"}
+
+
+class LateFeed:
+    """A feed whose rows of before the range was given away come as late as they can: until its barrier has passed."""
+
+    def __init__(self, feed: Feed, cache: PendingCache, late: list[str]) -> None:
+        self._feed = feed
+        self._cache = cache
+        self._late = late
+
+    async def fence(self) -> Place:
+        for key in self._late:
+            self._cache.put(key, "confirming", 2, True, 4e9)
+        self._late = []
+        return await self._feed.fence()
+
+
+@pytest.mark.cluster
+async def test_what_the_feed_told_late_of_a_range_does_not_stay_when_it_comes_back(postgres_server: PostgresServer) -> None:
+    """The interleaving: a payment's row is on its way through the feed while its range goes, it is settled by the other shard,
+    and the range comes back before it is looked at. What a move brings is in no feed: it would be pending for ever.
+    """
+    async with shard_database(postgres_server) as shard:
+        await shard.put(Put(new_payment("pending"), 0, "accepted"))
+        cache, payouts = PendingCache(PollSettings()), PayoutCache(PayoutSettings())
+        cache.put("before", "confirming", 2, True, 4e9)
+        cache.begin_load()
+        payouts.begin_load()
+        async with running_feed(shard, settings_for(shard)) as feed:
+            late = LateFeed(feed.feed, cache, ["while it is loaded"])
+            await fill(cache, payouts, late, connect_to(shard), [(0, 65_535)])  # type: ignore[arg-type]
         assert {item.key for item in cache} == {"pending"}
 
 
