@@ -261,7 +261,7 @@ class Pool:
     def _make_wait(self) -> bool:
         """Make a slice of keys that wait for their turn; whether there are more to make."""
         missing = self._waiting_aim() - self._reserve.waiting
-        if missing < READY_CHUNK or self._reserve.left == 0 or self._secrets is None:
+        if missing < READY_CHUNK or self._reserve.left <= AHEAD_LEAST // 2 or self._secrets is None:
             return False
         self._reserve.make_wait(READY_CHUNK, self._secrets)
         return missing >= 2 * READY_CHUNK

@@ -21,8 +21,9 @@ from shard.worker.payout_cache import PayoutCache
 from shard.worker.poller import TO_BE_DRIVEN
 
 PAGE_ROWS = 2_000
-OLD = timedelta(seconds=60)
-"""What hasn't changed for so long has most likely been looked at, and waits: thousands of such payments go after the others."""
+OLD = timedelta(seconds=180)
+"""What hasn't changed for so long has most likely been looked at, and waits: thousands of such payments go after the others.
+Longer than back to when lists of intents are read (`Bulk`), which take such a payment for looked at."""
 
 _FOLDER = resources.files("shard.worker") / "sql"
 _SQL = (_FOLDER / "fill.sql").read_text()

@@ -31,6 +31,8 @@ CONCURRENCY = 24
 """Payments that are driven at once."""
 PATIENT_MAX = 16
 """Of these so many may be of the second line."""
+FIRST_MAX = 22
+"""And so many of the first, where others wait: some are in it for weeks, such as those with a dispute."""
 IDLE_S = 0.5
 """How late a look may be noticed to be due."""
 NOT_GIVEN_UP = frozenset({Status.PROCESSING, Status.REQUIRES_CAPTURE, Status.CANCELING, Status.SUCCEEDED})
@@ -96,12 +98,14 @@ class Poller:
                 metrics.CIRCUIT_OPEN.labels(self._shard).set(self.breaker.open)
                 if taken:
                     await self._look_after(taken)
+                    await asyncio.sleep(0)  # many may be due that cost no call
                 else:
                     await asyncio.wait({self._over}, timeout=self._pause_s())
             self._over.result()
         finally:
             self._first.clear()  # or each task that ends would start another one
             self._second.clear()
+            self._waiting.clear()
             for task in list(self._tasks.values()):
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -161,7 +165,8 @@ class Poller:
         """Put a look at the end of its line, unless one that says as much stands there: that one is still to come."""
         key = look.pending.key
         before = self._waiting.get(key)
-        if before is not None and before.first >= look.first and look.view is None:
+        known = before is not None and before.view is None and before.pending.version == look.pending.version
+        if known and before is not None and before.first >= look.first and look.view is None:
             return
         self._waiting[key] = look
         (self._first if look.first else self._second).append(look)
@@ -169,9 +174,9 @@ class Poller:
     def _start_some(self) -> None:
         """Start looks, the first line's first, while there are places."""
         while len(self._tasks) < CONCURRENCY:
-            if self._first:
+            if self._first and (not self._second or len(self._tasks) - self._patient < FIRST_MAX):
                 look = self._first.popleft()
-            elif self._second and self._patient < PATIENT_MAX:
+            elif self._second and self._patient < PATIENT_MAX and not self.breaker.open:  # it stays, and goes on after the probe
                 look = self._second.popleft()
             else:
                 break

@@ -544,3 +544,48 @@ async def test_what_waits_and_has_an_event_goes_first() -> None:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def lined_up(payments: int, status: Status = Status.ATTEMPTED) -> tuple[Poller, PendingCache, Clock]:
+    """A poller whose places are taken, and that many of `status` wait in the second line."""
+    clock, keys = Clock(10_000), [f"k{n}" for n in range(payments)]
+    rows, cache = Rows(*(new_payment(key, status=status) for key in keys)), PendingCache(PollSettings(), clock)
+    for key in keys:
+        cache.put(key, status.value, 3, True, FAR_S, 1)
+    poller = Poller("s0", cache, rows, rows, Bulk(Lists(), cache, "s0", 2.0, clock), lambda _: True)
+    poller._patient = PATIENT_MAX
+    clock.now_s += 7
+    await poller._look_after(cache.take_due(payments))
+    return poller, cache, clock
+
+
+async def test_a_look_at_what_has_changed_replaces_one_that_still_waits() -> None:
+    """The old one is left out when it is its turn, and the new one must not have been left out before."""
+    poller, cache, clock = await lined_up(1)
+    cache.put("k0", "attempted", 4, True, FAR_S, 1)
+    clock.now_s += 7
+    await poller._look_after(cache.take_due(1))
+    assert poller._waiting[Key("k0")].pending.version == 4
+    poller._patient = 0
+    poller._start_some()
+    assert list(poller._tasks) == ["k0"]
+    await asyncio.gather(*poller._tasks.values())
+
+
+async def test_the_second_line_stays_while_stripe_is_down() -> None:
+    """Or all of it would come back in the first one."""
+    poller, _, _ = await lined_up(50)
+    for _ in range(5):
+        poller.breaker.failure()
+    assert poller.breaker.open
+    poller._patient = 0
+    poller._start_some()
+    assert len(poller._waiting) == 50
+    assert not any(poller._bulk.is_unsure(Key(f"k{n}")) for n in range(50))
+    poller.breaker.success()
+    poller._start_some()
+    assert len(poller._tasks) == PATIENT_MAX
+    for _ in range(20):
+        await asyncio.gather(*poller._tasks.values())
+        await asyncio.sleep(0)
+    assert not poller._waiting
